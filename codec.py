@@ -1,0 +1,587 @@
+"""The neural codec: a wave becomes K streams of codes, and codes become a wave again.
+
+    wave --Encoder--> z --ResidualVQ--> codes --(look up, sum)--> z_q --Decoder--> wave
+
+AudioGen (arXiv 2209.15352), section 3.1 and table of streams; EnCodec (arXiv 2210.13438) for the balancer.
+Trained by `train_codec.py`; this file needs PyTorch alone and can be copied into another project.
+
+What differs from the reference code (facebookresearch/encodec and audiocraft):
+- a code that has died is really used again: it is replaced after the moving average is updated, not before;
+- after k-means the averages hold sums, as the update expects, not means;
+- "dead" is relative to the mean use of a code, so that it means the same for 64 codes and for 2048;
+- LayerNorm acts on the channels of each time step, so a clip's codes do not depend on what is encoded with it;
+- every tensor between layers is (B, T, C): channels last is three times faster on a CPU.
+
+Letters: B batch, T samples, F frames, C channels, D latent size, K streams, V codes per book.
+"""
+
+import hashlib
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+SAMPLE_RATE = 16000
+
+# The paper's multi-stream table: more streams, a lower frame rate and smaller books, about the same bit rate.
+STRIDES = {1: (2, 2, 2, 4), 2: (2, 2, 4, 4), 4: (2, 4, 4, 4), 8: (4, 4, 4, 4)}
+CHANNELS = {"tiny": 16, "paper": 32}
+
+
+@dataclass
+class CodecConfig:
+    """Everything needed to rebuild a codec; it is stored in every checkpoint."""
+
+    streams: int = 4
+    size: str = "tiny"
+    dim: int = 128
+
+    def __post_init__(self):
+        if self.streams not in STRIDES:
+            raise ValueError(f"streams is {self.streams}, but must be one of 1, 2, 4, 8: type --streams 4")
+        if self.size not in CHANNELS:
+            raise ValueError(f"codec size {self.size!r} is unknown: type --size tiny or --size paper")
+
+    @property
+    def channels(self) -> int:
+        return CHANNELS[self.size]
+
+    @property
+    def strides(self) -> tuple:
+        return STRIDES[self.streams]
+
+    @property
+    def hop(self) -> int:
+        """Samples per frame."""
+        return math.prod(self.strides)
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames per second."""
+        return SAMPLE_RATE / self.hop
+
+    @property
+    def codes(self) -> int:
+        """Codes per book, V."""
+        return 2048 // self.streams
+
+    @property
+    def kbps(self) -> float:
+        """Bit rate of the codes in kbit/s."""
+        return self.streams * math.log2(self.codes) * self.frame_rate / 1000
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Encoder and decoder (section 3.1: C = 32, B = 4 blocks, two-layer LSTM, ELU, LayerNorm)
+
+
+class Conv(nn.Conv2d):
+    """1-d convolution over (B, T, C). T must be a multiple of the stride; the result has T / stride steps.
+
+    It runs as a 2-d convolution of height 1: PyTorch has channels-last kernels for images only."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1):
+        super().__init__(c_in, c_out, (1, kernel), (1, stride), padding=(0, (kernel - stride + 1) // 2))
+
+    def forward(self, x):
+        return super().forward(x.transpose(1, 2)[:, :, None])[:, :, 0].transpose(1, 2)
+
+
+class ConvTranspose(nn.ConvTranspose2d):
+    """The mirror of a strided `Conv`: (B, T, C) to (B, T * stride, C'), kernel 2 * stride."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int):
+        super().__init__(c_in, c_out, (1, 2 * stride), (1, stride), padding=(0, stride // 2))
+
+    def forward(self, x):
+        return super().forward(x.transpose(1, 2)[:, :, None])[:, :, 0].transpose(1, 2)
+
+
+class ResidualUnit(nn.Module):
+    """Two convolutions and a skip. The norm stands inside the branch: the skip must carry loudness through."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.block = nn.Sequential(nn.LayerNorm(c), nn.ELU(), Conv(c, c // 2, 3), nn.ELU(), nn.Linear(c // 2, c))
+
+    def forward(self, x):
+        return x + self.block(x)
+
+
+class LSTM(nn.LSTM):
+    """Two layers over time with a skip. It looks back only, so its state lets a stream be decoded in pieces."""
+
+    def __init__(self, c: int):
+        super().__init__(c, c, num_layers=2, batch_first=True)
+
+    def forward(self, x, state=None):
+        y, state = super().forward(x, state)
+        return x + y, state
+
+
+class Encoder(nn.Module):
+    """Wave (B, T, 1) to latents z (B, T / hop, D)."""
+
+    def __init__(self, cfg: CodecConfig):
+        super().__init__()
+        c = cfg.channels
+        blocks = [Conv(1, c, 7)]
+        for s in cfg.strides:
+            blocks += [ResidualUnit(c), nn.ELU(), Conv(c, 2 * c, 2 * s, s)]
+            c *= 2
+        self.down = nn.Sequential(*blocks)
+        self.lstm = LSTM(c)
+        self.out = nn.Sequential(nn.LayerNorm(c), nn.ELU(), Conv(c, cfg.dim, 7))
+
+    def forward(self, x):
+        x = self.down(x)  # (B, F, 16 C)
+        x, _ = self.lstm(x)
+        return self.out(x)  # (B, F, D)
+
+
+class Decoder(nn.Module):
+    """Latents z_q (B, F, D) to wave (B, F * hop, 1): the encoder's mirror, strides reversed."""
+
+    def __init__(self, cfg: CodecConfig):
+        super().__init__()
+        c = cfg.channels * 2 ** len(cfg.strides)
+        self.inp = Conv(cfg.dim, c, 7)
+        self.lstm = LSTM(c)
+        blocks = []
+        for s in reversed(cfg.strides):
+            blocks += [nn.ELU(), ConvTranspose(c, c // 2, s), ResidualUnit(c // 2)]
+            c //= 2
+        self.up = nn.Sequential(*blocks, nn.ELU(), Conv(c, 1, 7))
+
+    def forward(self, z_q):
+        x, _ = self.lstm(self.inp(z_q))  # (B, F, 16 C)
+        return self.up(x)  # (B, T, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Vector quantization
+
+
+class VectorQuantizer(nn.Module):
+    """One codebook of V vectors, learnt by exponential moving averages instead of by gradients.
+
+    `total` and `count` average, over the steps, the sum and the number of the vectors that chose each code in
+    a batch; the code is their ratio. The average is quick at first and slows down to `decay`: a young encoder
+    moves its latents faster than a hundred-step memory can follow, and whole books die behind it (measured:
+    perplexity 149 of 512 after 54 steps instead of 3).
+
+    A code whose count falls under `revive` times the mean count is dead: it moves to a random vector of the
+    batch. It starts with twice the threshold, so that a wrong guess is seen 70 steps later (2 * .99**69 = 1)."""
+
+    def __init__(self, codes: int, dim: int, decay: float = 0.99, revive: float = 0.1):
+        super().__init__()
+        self.decay, self.revive = decay, revive
+        self.register_buffer("embed", torch.randn(codes, dim))  # (V, D)
+        self.register_buffer("total", self.embed.clone())  # (V, D)
+        self.register_buffer("count", torch.ones(codes))  # (V,)
+        self.register_buffer("steps", torch.tensor(0.0))
+        self.register_buffer("started", torch.tensor(False))
+        self.is_started = False  # `started` as Python knows it: no wait for the GPU at every step
+
+    def nearest(self, x):
+        """(N, D) to the index of the nearest code (N,); |x|^2 is the same for all codes and left out."""
+        return (x @ self.embed.T - self.embed.square().sum(1) / 2).argmax(1)
+
+    def tally(self, x, index):
+        """How many of x chose each code (V,), and their sum (V, D), over all processes."""
+        count = torch.zeros_like(self.count).index_add_(0, index, torch.ones_like(x[:, 0]))
+        total = torch.zeros_like(self.embed).index_add_(0, index, x)
+        if dist.is_initialized():
+            dist.all_reduce(count)
+            dist.all_reduce(total)
+        return count, total
+
+    def draw(self, x):
+        """V random vectors of the batch (V, D), the same in every process."""
+        drawn = x[torch.randint(len(x), self.count.shape, device=x.device)]
+        if dist.is_initialized():
+            dist.broadcast(drawn, 0)
+        return drawn
+
+    def start(self, x, rounds: int = 10):
+        """K-means on the first batch. The averages hold counts and sums, as every later update expects."""
+        self.embed.copy_(self.draw(x))
+        for _ in range(rounds):
+            count, total = self.tally(x, self.nearest(x))
+            self.embed.copy_(torch.where(count[:, None] > 0, total / count[:, None].clamp(min=1), self.draw(x)))
+        self.count.copy_(count)
+        self.total.copy_(self.embed * count[:, None])
+        self.replace_dead(x)
+        self.started.fill_(True)
+
+    def update(self, x, index):
+        """One EMA step towards the batch; only then are dead codes replaced, so that they stay replaced."""
+        count, total = self.tally(x, index)
+        self.steps += 1
+        rate = 1 - torch.clamp(self.steps / (9 + self.steps), max=self.decay)
+        self.count.lerp_(count, rate)
+        self.total.lerp_(total, rate)
+        self.embed.copy_(self.total / self.count[:, None].clamp(min=1e-9))
+        self.replace_dead(x)
+
+    def replace_dead(self, x):
+        threshold = self.revive * self.count.mean()
+        dead = self.count < threshold  # (V,)
+        self.count.copy_(torch.where(dead, 2 * threshold, self.count))
+        self.embed.copy_(torch.where(dead[:, None], self.draw(x), self.embed))
+        self.total.copy_(torch.where(dead[:, None], self.embed * self.count[:, None], self.total))
+
+    @torch.no_grad()
+    def forward(self, x):
+        """(N, D) to quantized (N, D) and index (N,); in training mode the book then learns from x."""
+        if self.training and not self.is_started:
+            if not self.started:
+                self.start(x)
+            self.is_started = True
+        index = self.nearest(x)
+        quantized = self.embed[index]
+        if self.training:
+            self.update(torch.nan_to_num(x, 0, 0, 0), index)  # one bad step must not poison the book for ever
+        return quantized, index
+
+
+class ResidualVQ(nn.Module):
+    """K books in a row, each coding what the ones before it left over; K = 1 is plain VQ (section 3.3)."""
+
+    def __init__(self, streams: int, codes: int, dim: int = 128, decay: float = 0.99, revive: float = 0.1):
+        super().__init__()
+        self.books = nn.ModuleList(VectorQuantizer(codes, dim, decay, revive) for _ in range(streams))
+
+    def forward(self, z):
+        """z (B, F, D) -> z_q (B, F, D) with straight-through gradient, codes (B, K, F), commitment loss ().
+
+        All in float32: squared distances of nearby vectors drown in the rounding of 16-bit floats."""
+        B, F_, D = z.shape
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float()
+            residual = z.reshape(-1, D)  # (N, D)
+            codes, commitment = [], 0.0
+            for book in self.books:
+                quantized, index = book(residual)
+                commitment = commitment + F.mse_loss(residual, quantized)
+                residual = residual - quantized
+                codes.append(index.view(B, F_))
+            # Straight through, once, on the sum: the value is z_q, the gradient is that of z.
+            z_q = z - residual.view_as(z).detach()
+        return z_q, torch.stack(codes, 1), commitment / len(self.books)
+
+    def decode(self, codes):
+        """Codes (B, K, F) to the sum of their vectors (B, F, D)."""
+        return sum(book.embed[codes[:, k]] for k, book in enumerate(self.books))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The codec
+
+
+class Codec(nn.Module):
+    """Encoder, residual quantizer and decoder. In training mode a forward pass also updates the codebooks."""
+
+    def __init__(self, cfg: CodecConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.encoder = Encoder(cfg)
+        self.quantizer = ResidualVQ(cfg.streams, cfg.codes, cfg.dim)
+        self.decoder = Decoder(cfg)
+
+    def latents(self, wave):
+        """Wave (B, T) to z (B, F, D), F = ceil(T / hop): the end is padded with silence to a whole frame."""
+        wave = F.pad(wave, (0, -wave.shape[1] % self.cfg.hop))
+        return self.encoder(wave[:, :, None])
+
+    def forward(self, wave):
+        """Wave (B, T) -> wave_hat (B, T), codes (B, K, F), commitment loss ()."""
+        z_q, codes, commitment = self.quantizer(self.latents(wave))
+        wave_hat = self.decoder(z_q)[:, : wave.shape[1], 0].float()
+        return wave_hat, codes, commitment
+
+    @torch.no_grad()
+    def encode(self, wave):
+        """Wave (B, T) in [-1, 1] at 16 kHz to codes (B, K, F) int64, F = ceil(T / hop). Never learns."""
+        with torch.autocast(wave.device.type, enabled=False):
+            residual = self.latents(wave).flatten(0, 1)  # (N, D)
+            codes = []
+            for book in self.quantizer.books:
+                codes.append(book.nearest(residual))
+                residual = residual - book.embed[codes[-1]]
+        return torch.stack(codes, 1).view(len(wave), -1, len(codes)).transpose(1, 2).contiguous()
+
+    @torch.no_grad()
+    def decode(self, codes):
+        """Codes (B, K, F) to wave (B, F * hop)."""
+        return self.decoder(self.quantizer.decode(codes))[:, :, 0]
+
+    @torch.no_grad()
+    def decode_stream(self, chunks):
+        """An iterable of code chunks (B, K, f) to an iterator of waves; together they equal `decode` of the whole.
+
+        Convolutions see a few frames to each side, so sound comes out `2 * margin` frames after its codes; the
+        LSTM only looks back and keeps its state. Nothing is ever decoded twice but the margins."""
+        margin, hop = 3, self.cfg.hop  # of `Decoder.inp` (7 // 2); of `Decoder.up` it is under 2 frames
+        z, x, state = None, None, None  # latents and LSTM outputs from which the next frames will be made
+        z_past, x_past = 0, 0  # how many frames at the start of each serve as context only
+        for chunk, last in mark_last(chunks):
+            new = self.quantizer.decode(chunk) if chunk is not None else z[:, :0]
+            z = new if z is None else torch.cat((z, new), 1)
+            ready = z.shape[1] - (0 if last else margin)
+            if ready > z_past:
+                y, state = self.decoder.lstm(self.decoder.inp(z)[:, z_past:ready], state)
+                x = y if x is None else torch.cat((x, y), 1)
+                z, z_past = z[:, max(ready - margin, 0) :], min(ready, margin)
+            if x is None:
+                continue
+            ready = x.shape[1] - (0 if last else margin)
+            if ready > x_past:
+                yield self.decoder.up(x)[:, x_past * hop : ready * hop, 0]
+                x, x_past = x[:, max(ready - margin, 0) :], min(ready, margin)
+
+    def hash(self) -> str:
+        """A short fingerprint of configuration and weights; the language model remembers whose codes it learnt."""
+        digest = hashlib.sha256(repr(sorted(asdict(self.cfg).items())).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            if not name.endswith(("total", "count", "steps", "started")):  # the averages do not change what codes mean
+                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def checkpoint(self) -> dict:
+        """What `load` reads; the scripts add what they need beside it."""
+        return {"kind": "nanoaudiogen codec", "config": asdict(self.cfg), "model": self.state_dict()}
+
+    @staticmethod
+    def load(path, device="cpu") -> "Codec":
+        """The codec in a checkpoint, in evaluation mode and float32. ValueError where the file is not one."""
+        return Codec.from_checkpoint(load_checkpoint(path, "nanoaudiogen codec"), path, device)
+
+    @staticmethod
+    def from_checkpoint(checkpoint: dict, path, device="cpu") -> "Codec":
+        try:
+            codec = Codec(CodecConfig(**checkpoint["config"]))
+            codec.load_state_dict(checkpoint["model"])
+        except (KeyError, TypeError, RuntimeError) as e:
+            reason = str(e).splitlines()[0]
+            raise ValueError(f"{path}: made by another version ({reason}): train again with train_codec.py") from None
+        return codec.to(device).eval()
+
+
+def mark_last(chunks):
+    """Each chunk with False, then once (None, True)."""
+    for chunk in chunks:
+        yield chunk, False
+    yield None, True
+
+
+def load_checkpoint(path, kind: str) -> dict:
+    """A checkpoint of this kind, loaded without running any code from the file; ValueError for anything else."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: there is no such checkpoint: train one first, or name another") from None
+    except Exception as e:  # noqa: BLE001 (torch.load raises a dozen types for broken files)
+        reason = (str(e).splitlines() or [type(e).__name__])[0][:80]
+        raise ValueError(f"{path}: truncated, or not a checkpoint ({reason}): name another file") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
+        found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
+        raise ValueError(f"{path}: expected a {kind}, found {found or 'a file of another project'}: name another file")
+    return checkpoint
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Losses of the reconstruction
+
+
+def mel_filters(n_fft: int, n_mels: int, rate: int = SAMPLE_RATE):
+    """Triangular filters, evenly spaced on the mel scale 2595 log10(1 + f / 700) up to rate / 2.
+
+    Returns (n_fft // 2 + 1, M). Where a window has too few bins for 64 bands, some triangles fall between two
+    bins and would stay silent for ever; M is then the largest number of bands that each hear something."""
+    bins = torch.linspace(0, rate / 2, n_fft // 2 + 1, dtype=torch.float64)
+    top = 2595 * math.log10(1 + rate / 2 / 700)
+    while True:
+        edges = 700 * (10 ** (torch.linspace(0, top, n_mels + 2, dtype=torch.float64) / 2595) - 1)
+        low, mid, high = edges[:-2], edges[1:-1], edges[2:]
+        rising = (bins[:, None] - low) / (mid - low)
+        falling = (high - bins[:, None]) / (high - mid)
+        filters = torch.minimum(rising, falling).clamp(min=0)  # (bins, M)
+        if filters.sum(0).min() > 0:
+            return filters.float()
+        n_mels -= 1
+
+
+class MelLoss(nn.Module):
+    """l_f of section 3.1: mel spectra at windows 2^5 .. 2^11, hop a quarter of the window, up to 64 bands.
+
+    Mean over scales of  mean |S(x) - S(y)|  +  alpha * mean over frames of ||log S(x) - log S(y)||_2 / sqrt(M).
+    alpha is 1 at every scale, as EnCodec chose: the balancer rescales the whole anyway, and what is left of a
+    growing alpha is a preference for long windows, which blurs attacks. The L2 norm is taken over the bands of
+    each frame, so that one bad frame does not outweigh the rest as a plain mean of squares would let it."""
+
+    def __init__(self, exponents=range(5, 12), n_mels: int = 64, alpha: float = 1.0, floor: float = 1e-5):
+        super().__init__()
+        self.windows, self.alpha, self.floor = [2**i for i in exponents], alpha, floor
+        for n in self.windows:
+            self.register_buffer(f"window{n}", torch.hann_window(n), persistent=False)
+            self.register_buffer(f"filters{n}", mel_filters(n, n_mels), persistent=False)
+
+    def mel(self, wave, n: int):
+        """Wave (B, T) to its mel spectrum (B, frames, M) at window n."""
+        window = getattr(self, f"window{n}")
+        spectrum = torch.stft(wave, n, n // 4, window=window, pad_mode="constant", normalized=False, return_complex=True)
+        magnitude = spectrum.abs().transpose(1, 2) / window.norm()  # normalised: white noise reads alike at all n
+        return magnitude @ getattr(self, f"filters{n}")
+
+    def forward(self, target, estimate):
+        """Both (B, T) -> loss (). Gradient flows to the estimate only."""
+        loss = 0.0
+        for n in self.windows:
+            with torch.no_grad():
+                x = self.mel(target, n)
+            y = self.mel(estimate, n)
+            difference = y.clamp(min=self.floor).log() - x.clamp(min=self.floor).log()
+            per_frame = (difference.square().mean(-1) + 1e-12).sqrt()  # (B, frames)
+            loss = loss + (y - x).abs().mean() + self.alpha * per_frame.mean()
+        return loss / len(self.windows)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The adversary (section 3.1; EnCodec section 3.4)
+
+
+class ScaleDiscriminator(nn.Module):
+    """Judges one complex STFT, real and imaginary part as two channels."""
+
+    def __init__(self, n_fft: int, filters: int):
+        super().__init__()
+        self.n_fft = n_fft
+        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
+        conv = lambda *args, **kw: nn.utils.parametrizations.weight_norm(nn.Conv2d(*args, **kw))
+        self.convs = nn.ModuleList([conv(2, filters, (3, 8), padding=(1, 4))])
+        for d in (1, 2, 4):
+            layer = conv(filters, filters, (3, 8), stride=(1, 2), dilation=(d, 1), padding=(d, 4))
+            self.convs.append(layer)
+        self.convs.append(conv(filters, filters, (3, 3), padding=(1, 1)))
+        self.logit = conv(filters, 1, (3, 3), padding=(1, 1))
+
+    def forward(self, wave):
+        """Wave (B, T) -> logits (B, 1, frames, bands), and the features of every layer."""
+        n = self.n_fft
+        spectrum = torch.stft(wave, n, n // 4, window=self.window, pad_mode="constant", return_complex=True)
+        x = torch.view_as_real(spectrum / self.window.norm()).permute(0, 3, 2, 1)  # (B, 2, frames, bins)
+        features = []
+        for layer in self.convs:
+            x = F.leaky_relu(layer(x), 0.2)
+            features.append(x)
+        return self.logit(x), features
+
+
+class STFTDiscriminator(nn.Module):
+    """MS-STFT discriminator: five windows, one judge each."""
+
+    def __init__(self, filters: int = 32, windows=(2048, 1024, 512, 256, 128)):
+        super().__init__()
+        self.scales = nn.ModuleList(ScaleDiscriminator(n, filters) for n in windows)
+
+    def forward(self, wave):
+        """Wave (B, T) -> list of logits, list of lists of features."""
+        logits, features = zip(*(scale(wave) for scale in self.scales))
+        return list(logits), list(features)
+
+
+def discriminator_loss(real, fake):
+    """Hinge loss of the judges, mean over the K scales: real above 1, fake below -1."""
+    return sum(F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in zip(real, fake)) / len(real)
+
+
+def generator_loss(fake):
+    """Hinge loss of the codec, mean over the K scales: its sound should be called real."""
+    return sum(F.relu(1 - f).mean() for f in fake) / len(fake)
+
+
+def feature_loss(real, fake):
+    """Feature matching: mean over K scales and L layers of the L1 distance of their features."""
+    pairs = [(r, f) for R, F_ in zip(real, fake) for r, f in zip(R, F_)]
+    return sum((f - r.detach()).abs().mean() for r, f in pairs) / len(pairs)
+
+
+class Balancer(nn.Module):
+    """Makes a loss's weight its share of the gradient, whatever its scale (EnCodec section 3.4).
+
+        g = sum_i  R * w_i / (sum_j w_j) * g_i / <||g_i||>
+
+    g_i is the gradient of loss i at the codec's output, ||.|| the mean over clips of the norm of a clip's own
+    gradient (B times its part in that of the batch's mean), <.> a moving average over the steps, corrected for
+    its start. The averages are buffers: they belong in the checkpoint."""
+
+    def __init__(self, names, decay: float = 0.999, total: float = 1.0):
+        super().__init__()
+        self.names, self.decay, self.total = list(names), decay, total
+        self.register_buffer("norm", torch.zeros(len(self.names)))
+        self.register_buffer("steps", torch.zeros(len(self.names)))
+
+    def forward(self, losses: dict, weights: dict, output):
+        """Losses by name and their weights, output (B, T) -> gradient (B, T) to send back through the codec."""
+        active = [name for name in losses if weights[name] > 0]
+        gradient = torch.zeros_like(output)
+        for name in active:
+            i = self.names.index(name)
+            (g,) = torch.autograd.grad(losses[name], output, retain_graph=True)
+            norm = len(g) * g.flatten(1).norm(dim=1).mean()
+            if dist.is_initialized():
+                dist.all_reduce(norm, op=dist.ReduceOp.SUM)
+                norm = norm / dist.get_world_size()
+            self.norm[i] = self.decay * self.norm[i] + (1 - self.decay) * norm
+            self.steps[i] += 1
+            average = self.norm[i] / (1 - self.decay ** self.steps[i])
+            share = weights[name] / sum(weights[n] for n in active)
+            gradient += self.total * share * g / (average + 1e-12)
+        return gradient
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Measures of a codec, all on waves (B, T), one value per clip (B,)
+
+
+def si_snr(target, estimate):
+    """Scale-invariant signal-to-noise ratio in dB; higher is better."""
+    target = target - target.mean(1, keepdim=True)
+    estimate = estimate - estimate.mean(1, keepdim=True)
+    scale = (target * estimate).sum(1, keepdim=True) / (target.square().sum(1, keepdim=True) + 1e-8)
+    signal = scale * target
+    noise = estimate - signal
+    return 10 * torch.log10((signal.square().sum(1) + 1e-8) / (noise.square().sum(1) + 1e-8))
+
+
+def log_mel_distance(target, estimate, mel: MelLoss, n: int = 1024):
+    """Mean absolute difference of log10 mel magnitude at window n; lower is better."""
+    x, y = (mel.mel(wave, n).clamp(min=mel.floor).log10() for wave in (target, estimate))
+    return (x - y).abs().mean((1, 2))
+
+
+def log_spectrum_distance(target, estimate, windows=(256, 512, 1024, 2048), floor: float = 1e-4):
+    """Mean absolute difference of log10 |STFT|, mean over four windows; lower is better.
+
+    It hears the fine structure that a mel spectrum averages away: two noises of one spectrum are .30 apart."""
+    total = 0.0
+    for n in windows:
+        window = torch.hann_window(n, device=target.device)
+        x, y = (
+            torch.stft(wave, n, n // 4, window=window, pad_mode="constant", return_complex=True).abs()
+            for wave in (target, estimate)
+        )
+        total = total + (x.clamp(min=floor).log10() - y.clamp(min=floor).log10()).abs().mean((1, 2))
+    return total / len(windows)
+
+
+def perplexity(codes, size: int):
+    """Codes (B, K, F) -> effective number of codes in use per stream, exp of the entropy, list of K floats; and
+    the share of each book that is used at all."""
+    counts = [torch.bincount(stream.flatten(), minlength=size).float() for stream in codes.unbind(1)]
+    entropy = [torch.special.entr(c / c.sum()).sum() for c in counts]
+    return [math.exp(e) for e in entropy], [float((c > 0).float().mean()) for c in counts]

@@ -1,0 +1,361 @@
+"""The audio language model: words become K streams of codes.
+
+    text ids --TextEncoder--> u ;   Z = [u, v]   --causal transformer with cross-attention to u--> codes
+
+AudioGen (arXiv 2209.15352), section 3.2 and 3.3; guidance from section 3.2, eq. of the sampling distribution.
+Trained by `train_lm.py`; this file needs PyTorch alone and can be copied into another project.
+
+- The K codes of a frame are embedded by K tables, whose mean is one vector; K heads predict the next frame's codes
+  independently of each other.
+- Text reaches the sound twice, as in the paper: as a prefix of the sequence and through cross-attention.
+- Padding is a word like any other: every text is brought to exactly `window` tokens. So no mask is needed, the fused
+  causal kernel always applies, and the empty caption (for guidance) is a text too.
+- Frame j is predicted from a learnt start vector and the frames before j.
+
+Letters: B batch, N text tokens, K streams, F frames, V codes per book, d width, H heads, S places in the cache.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+SIZES = {  # decoder layers, heads, width, text encoder layers; parameters with K = 4 and the default vocabulary
+    "tiny": (6, 4, 256, 2),  # 9 M, for a CPU
+    "base": (24, 12, 768, 7),  # 285 M, as the paper's base
+    "large": (36, 20, 1280, 3),  # 1 B, as the paper's large
+}
+
+
+@dataclass
+class LMConfig:
+    """Everything needed to rebuild a model; it is stored in every checkpoint."""
+
+    streams: int = 4
+    size: str = "tiny"
+    vocab: int = 8000  # text tokens, 0 is padding
+    window: int = 64  # text tokens per caption
+    frames: int = 0  # audio frames per training example; 0 means five seconds
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if self.streams not in (1, 2, 4, 8):
+            raise ValueError(f"streams is {self.streams}, but must be one of 1, 2, 4, 8: type --streams 4")
+        if self.size not in SIZES:
+            raise ValueError(f"model size {self.size!r} is unknown: type --size " + " or ".join(SIZES))
+        self.frames = self.frames or 2500 // self.streams
+        self.layers, self.heads, self.width, self.text_layers = SIZES[self.size]
+
+    @property
+    def codes(self) -> int:
+        """Codes per book, V."""
+        return 2048 // self.streams
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, cfg: LMConfig, causal: bool):
+        super().__init__()
+        self.heads, self.causal, self.dropout = cfg.heads, causal, cfg.dropout
+        self.c_attn = nn.Linear(cfg.width, 3 * cfg.width)
+        self.c_proj = nn.Linear(cfg.width, cfg.width)
+
+    def forward(self, x, cache=None, step=None):
+        """x (B, T, d). With a cache (2, B, H, S, d / H), keys and values are kept; `step` is then None for the
+        first T places at once, or (place, mask) for a single one: a tensor (1,), and which places it may see."""
+        B, T, d = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, d / H) each
+        dropout = self.dropout if self.training else 0.0
+        if step is None:
+            if cache is not None:
+                cache[:, :, :, :T] = torch.stack((k, v))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, dropout_p=dropout)
+        else:
+            place, mask = step
+            cache[0].index_copy_(2, place, k)
+            cache[1].index_copy_(2, place, v)
+            seen = cache[:, :, :, : mask.shape[-1]]
+            y = F.scaled_dot_product_attention(q, seen[0], seen[1], attn_mask=mask)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, d))
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, cfg: LMConfig):
+        super().__init__()
+        self.heads, self.dropout = cfg.heads, cfg.dropout
+        self.c_q = nn.Linear(cfg.width, cfg.width)
+        self.c_kv = nn.Linear(cfg.width, 2 * cfg.width)
+        self.c_proj = nn.Linear(cfg.width, cfg.width)
+
+    def keys(self, u):
+        """Text (B, N, d) to keys and values (2, B, H, N, d / H): once per prompt, not once per frame."""
+        B, N, _ = u.shape
+        return self.c_kv(u).view(B, N, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x, keys):
+        B, T, d = x.shape
+        q = self.c_q(x).view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, T, d / H)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, keys[0], keys[1], dropout_p=dropout)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, d))
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg: LMConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(cfg.width, 4 * cfg.width)
+        self.c_proj = nn.Linear(4 * cfg.width, cfg.width)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class TextBlock(nn.Module):
+    def __init__(self, cfg: LMConfig):
+        super().__init__()
+        self.ln_1, self.attn = nn.LayerNorm(cfg.width), SelfAttention(cfg, causal=False)
+        self.ln_2, self.mlp = nn.LayerNorm(cfg.width), MLP(cfg)
+        self.drop = nn.Dropout(cfg.dropout)
+
+    def forward(self, x):
+        x = x + self.drop(self.attn(self.ln_1(x)))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+class Block(nn.Module):
+    """A GPT-2 block with the paper's addition: cross-attention from sound to text."""
+
+    def __init__(self, cfg: LMConfig):
+        super().__init__()
+        self.ln_1, self.attn = nn.LayerNorm(cfg.width), SelfAttention(cfg, causal=True)
+        self.ln_2, self.cross = nn.LayerNorm(cfg.width), CrossAttention(cfg)
+        self.ln_3, self.mlp = nn.LayerNorm(cfg.width), MLP(cfg)
+        self.drop = nn.Dropout(cfg.dropout)
+
+    def forward(self, x, keys, cache=None, step=None):
+        x = x + self.drop(self.attn(self.ln_1(x), cache, step))
+        x = x + self.drop(self.cross(self.ln_2(x), keys))
+        return x + self.drop(self.mlp(self.ln_3(x)))
+
+
+class TextEncoder(nn.Module):
+    """Text ids (B, N) to u (B, window, d): a small bidirectional transformer, trained with the rest (T5's part)."""
+
+    def __init__(self, cfg: LMConfig):
+        super().__init__()
+        self.window = cfg.window
+        self.wte = nn.Embedding(cfg.vocab, cfg.width)
+        self.wpe = nn.Embedding(cfg.window, cfg.width)
+        self.drop = nn.Dropout(cfg.dropout)
+        self.blocks = nn.ModuleList(TextBlock(cfg) for _ in range(cfg.text_layers))
+        self.ln_f = nn.LayerNorm(cfg.width)
+
+    def forward(self, text):
+        if text.shape[1] > self.window:
+            raise ValueError(f"the text has {text.shape[1]} tokens, the model reads {self.window}: use fewer words")
+        text = F.pad(text, (0, self.window - text.shape[1]))
+        x = self.drop(self.wte(text) + self.wpe.weight)  # (B, window, d)
+        for block in self.blocks:
+            x = block(x)
+        return self.ln_f(x)
+
+
+class AudioLM(nn.Module):
+    """GPT over [text, codes]. `tokenizer` (bytes as a tensor) and `codec_hash` say what it was trained with."""
+
+    def __init__(self, cfg: LMConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.tokenizer, self.codec_hash = None, None
+        self.text_encoder = TextEncoder(cfg)
+        self.wte = nn.Embedding(cfg.streams * cfg.codes, cfg.width)  # the K tables, one after the other
+        self.wpe = nn.Embedding(cfg.frames, cfg.width)
+        self.start = nn.Parameter(0.02 * torch.randn(cfg.width))
+        self.drop = nn.Dropout(cfg.dropout)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
+        self.ln_f = nn.LayerNorm(cfg.width)
+        self.heads = nn.Linear(cfg.width, cfg.streams * cfg.codes, bias=False)  # K heads in one product
+        self.register_buffer("first", torch.arange(cfg.streams) * cfg.codes, persistent=False)  # of each table
+        # GPT-2: normal(.02), and what is added to the residual stream is scaled by the number of additions.
+        for name, p in self.named_parameters():
+            if p.dim() >= 2:
+                branches = 2 * cfg.text_layers if name.startswith("text_encoder") else 3 * cfg.layers
+                nn.init.normal_(p, std=0.02 / (math.sqrt(branches) if name.endswith("c_proj.weight") else 1))
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def embed(self, codes):
+        """Codes (B, K, F) to the mean of their K embeddings (B, F, d) (section 3.3)."""
+        return self.wte(codes.transpose(1, 2) + self.first).mean(2)
+
+    def to_logits(self, x):
+        """(B, F, d) to (B, K, F, V)."""
+        return self.heads(self.ln_f(x)).unflatten(2, (self.cfg.streams, -1)).transpose(1, 2)
+
+    def forward(self, codes, text):
+        """Codes (B, K, F), text ids (B, N) padded with 0 -> logits (B, K, F, V), loss (): the mean cross-entropy
+        over streams and audio frames; text is never predicted. F is at most `cfg.frames`."""
+        if codes.shape[2] > self.cfg.frames:
+            raise ValueError(f"{codes.shape[2]} frames given, the model was made for {self.cfg.frames}: cut the clip")
+        u = self.text_encoder(text)  # (B, N, d)
+        logits = self.predict(u, codes)
+        loss = F.cross_entropy(logits.flatten(0, 2).float(), codes.flatten())
+        return logits, loss
+
+    def predict(self, u, codes):
+        """Logits (B, K, F, V) of every frame given the text u and the frames before it."""
+        x = self.drop(self.inputs(codes[:, :, :-1]))  # (B, F, d)
+        x = torch.cat((u, x), 1)  # (B, N + F, d)
+        for block in self.blocks:
+            x = block(x, block.cross.keys(u))
+        return self.to_logits(x[:, u.shape[1] :])
+
+    def inputs(self, codes):
+        """The start vector and the given frames, at their positions: (B, 1 + F, d)."""
+        start = self.start.expand(len(codes), 1, -1)
+        return torch.cat((start, self.embed(codes)), 1) + self.wpe.weight[: 1 + codes.shape[2]]
+
+    # -----------------------------------------------------------------------------------------------------------
+    # Sampling
+
+    @torch.no_grad()
+    def generate(self, text, frames: int, **options):
+        """Text ids (B, N) to codes (B, K, frames); options as in `generate_stream`."""
+        return torch.cat(list(self.generate_stream(text, frames, **options)), 2)
+
+    @torch.no_grad()
+    def generate_stream(self, text, frames: int, seeds=None, guidance: float = 3.0, temperature: float = 1.0,
+                        top_k: int = 0, top_p: float = 0.0, negative=None, prefix=None, block: int = 25):
+        """Text ids (B, N) to an iterator of code blocks (B, K, up to `block`), `frames` in all.
+
+        A prompt's result depends on its own seed, not on the batch. Guidance g samples from
+        g log p(v | text) + (1 - g) log p(v), where `negative` (B, N) may stand in for "no text". `prefix`
+        (B, K, P) is continued and not repeated. Past the trained length the window slides: the model goes on
+        from the second half of what it can see."""
+        B = len(text)
+        seeds = range(B) if seeds is None else seeds
+        generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        guided = guidance != 1
+        if guided:
+            without = torch.zeros_like(text) if negative is None else negative
+            width = max(text.shape[1], without.shape[1])
+            text = torch.cat([F.pad(t, (0, width - t.shape[1])) for t in (text, without)])  # (2 B, N)
+        u = self.text_encoder(text)
+        keys = [layer.cross.keys(u) for layer in self.blocks]
+        places = u.shape[1] + self.cfg.frames
+        cache = u.new_zeros(len(self.blocks), 2, len(u), self.cfg.heads, places, self.cfg.width // self.cfg.heads)
+
+        history = text.new_zeros(B, self.cfg.streams, 0) if prefix is None else prefix
+        made = 0
+        while made < frames:
+            history = history[:, :, -(self.cfg.frames // 2) :]
+            seen = history.repeat(len(u) // B, 1, 1)  # both halves hear the same sound
+            x = torch.cat((u, self.inputs(seen)), 1)
+            for layer, k, c in zip(self.blocks, keys, cache):
+                x = layer(x, k, c)
+            logits = self.to_logits(x[:, -1:])[:, :, 0]  # (2 B, K, V)
+            given = history.shape[2]
+            room = min(self.cfg.frames - given, frames - made)
+            for first in range(0, room, block):
+                n = min(block, room - first)
+                shape = (n, self.cfg.streams, self.cfg.codes)
+                noise = torch.stack([torch.rand(shape, generator=g) for g in generators]).to(u.device)
+                codes = []
+                for i in range(n):
+                    codes.append(choose(guide(logits, guidance), noise[:, i], temperature, top_k, top_p))  # (B, K)
+                    position = given + first + i + 1
+                    if position < self.cfg.frames:
+                        logits = self.step(codes[-1].repeat(len(u) // B, 1), position, u.shape[1], keys, cache)
+                codes = torch.stack(codes, 2)
+                yield codes
+                made += n
+                history = torch.cat((history, codes), 2)
+
+    def step(self, codes, position: int, prefix: int, keys, cache):
+        """One frame (B, K) at `position` of the sound to the logits of the next (B, K, V)."""
+        x = self.embed(codes[:, :, None]) + self.wpe.weight[position]  # (B, 1, d)
+        visible = min(cache.shape[4], (prefix + position) // 64 * 64 + 64)  # few different shapes
+        places = torch.arange(visible, device=x.device)  # (S,)
+        place = places[prefix + position :][:1]  # (1,), made on the device: nothing waits for a transfer
+        mask = places <= place
+        for layer, k, c in zip(self.blocks, keys, cache):
+            x = layer(x, k, c, (place, mask[None]))
+        return self.to_logits(x)[:, :, 0]
+
+    # -----------------------------------------------------------------------------------------------------------
+    # Accounting and files
+
+    def flops_per_frame(self) -> float:
+        """Of training: 6 per weight that a frame passes, and 12 d per frame that attention looks at."""
+        weights = sum(p.numel() for p in self.blocks.parameters()) + self.heads.weight.numel()
+        cfg = self.cfg
+        attention = 12 * cfg.layers * cfg.width * ((cfg.window + cfg.frames) / 2 + cfg.window)
+        text = 6 * sum(p.numel() for p in self.text_encoder.blocks.parameters()) * cfg.window / cfg.frames
+        prefix = 1 + cfg.window / cfg.frames  # the decoder runs over the text, too
+        return (6 * weights + attention) * prefix + text
+
+    def checkpoint(self) -> dict:
+        """What `load` reads; the scripts add what they need beside it."""
+        config = {k: getattr(self.cfg, k) for k in asdict(self.cfg)}
+        return {"kind": "nanoaudiogen lm", "config": config, "model": self.state_dict(),
+                "tokenizer": self.tokenizer, "codec_hash": self.codec_hash}
+
+    @staticmethod
+    def load(path, device="cpu", codec_hash=None) -> "AudioLM":
+        """The model in a checkpoint, in evaluation mode and float32. ValueError where the file is not one, or where
+        it was trained on the codes of another codec than the one with this hash."""
+        checkpoint = load_checkpoint(path, "nanoaudiogen lm")
+        try:
+            lm = AudioLM(LMConfig(**checkpoint["config"]))
+            lm.load_state_dict(checkpoint["model"])
+            lm.tokenizer, lm.codec_hash = checkpoint["tokenizer"], checkpoint["codec_hash"]
+        except (KeyError, TypeError, RuntimeError) as e:
+            reason = str(e).splitlines()[0]
+            raise ValueError(f"{path}: made by another version ({reason}): train again with train_lm.py") from None
+        if codec_hash and codec_hash != lm.codec_hash:
+            raise ValueError(f"{path} learnt the codes of codec {lm.codec_hash}, not of {codec_hash}: name the codec "
+                             "it was trained with by --codec, or train it again with train_lm.py")
+        return lm.to(device).eval()
+
+
+def guide(logits, guidance: float):
+    """Classifier-free guidance on normalised log-probabilities: (2 B, K, V), with text first, to (B, K, V)."""
+    logp = logits.float().log_softmax(-1)
+    if guidance == 1:
+        return logp
+    given, free = logp.chunk(2)
+    return guidance * given + (1 - guidance) * free
+
+
+def choose(logp, noise, temperature: float = 1.0, top_k: int = 0, top_p: float = 0.0):
+    """One code for each stream: scores (B, K, V) and uniform noise of the same shape to codes (B, K).
+
+    argmax(p / q) with q exponential is a draw from p (the Gumbel trick): no loop over rows, no wait for the GPU,
+    and the noise can come from a generator of each prompt's own."""
+    if temperature == 0:
+        return logp.argmax(-1)
+    logp = (logp / temperature).log_softmax(-1)
+    if top_k:
+        kth = logp.topk(min(top_k, logp.shape[-1]))[0][..., -1:]
+        logp = logp.masked_fill(logp < kth, -math.inf)
+    if top_p:
+        ordered, order = logp.softmax(-1).sort(-1, descending=True)
+        beyond = (ordered.cumsum(-1) - ordered) >= top_p  # the first code always stays
+        logp = logp.masked_fill(beyond.gather(-1, order.argsort(-1)), -math.inf)
+    return (logp - torch.log(-torch.log(noise.clamp(1e-10, 1 - 1e-7)))).argmax(-1)
+
+
+def load_checkpoint(path, kind: str) -> dict:
+    """A checkpoint of this kind, loaded without running any code from the file; ValueError for anything else."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: there is no such checkpoint: train one first, or name another") from None
+    except Exception as e:  # noqa: BLE001 (torch.load raises a dozen types for broken files)
+        reason = (str(e).splitlines() or [type(e).__name__])[0][:80]
+        raise ValueError(f"{path}: truncated, or not a checkpoint ({reason}): name another file") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
+        found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
+        raise ValueError(f"{path}: expected a {kind}, found {found or 'a file of another project'}: name another file")
+    return checkpoint

@@ -1,0 +1,325 @@
+"""Train the language model on the codec's codes: the second of the three commands.
+
+    python train_lm.py --streams 4                           the built-in sound world and the codec in --out
+    python train_lm.py --data clips.csv more/:2              your own clips; `more/` is drawn twice as often
+    python train_lm.py --data clips.csv --resume             go on after an interruption
+    python train_lm.py --data clips.csv --eval_only          measure the model in --out on the held-out clips
+    torchrun --nproc_per_node=8 train_lm.py --size base ...  several GPUs (add --nnodes for several machines)
+
+Reads codec.pt from --out. Writes there: lm.pt (what sample.py loads), lm_train.pt (what --resume loads),
+lm.csv (the log) and lm_wavs/ (a sound for each of a few held-out captions).
+AudioGen (arXiv 2209.15352) section 3.2; optimizer and sizes from its section 4.
+"""
+
+import argparse
+import contextlib
+import copy
+import math
+import os
+import time
+
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data as D
+from codec import Codec
+from lm import AudioLM, LMConfig, load_checkpoint
+
+# Settled by comparison at equal minutes for `tiny` (see README); `base` and `large` are the paper's.
+RECIPES = {
+    "tiny": {"steps": 1000, "batch": 4, "micro": 4, "lr": 1e-3, "warmup": 100, "dropout": 0.1, "vocab": 512},
+    "base": {"steps": 50000, "batch": 256, "micro": 16, "lr": 5e-4, "warmup": 3000, "dropout": 0.0, "vocab": 8000},
+    "large": {"steps": 50000, "batch": 256, "micro": 8, "lr": 5e-4, "warmup": 3000, "dropout": 0.0, "vocab": 8000},
+}
+SECONDS = 5  # of every training example
+CAPTION_DROPOUT = 0.1  # captions ignored in training, so that guidance has something to lean away from
+EMA = 0.999  # of the weights that are kept; quicker while the run is young
+COOLDOWN = 0.3  # share of the run at whose end the learning rate falls to zero
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
+
+
+def get_args():
+    parser = argparse.ArgumentParser(description="Train the language model.")
+    add = parser.add_argument
+    add("--data", nargs="+", default=["world"], help="CSV, JSONL or folder, each with an optional :WEIGHT")
+    add("--out", default="out", help="folder with codec.pt, for checkpoints, log and prepared data")
+    add("--codec", help="codec checkpoint (default: codec.pt in --out)")
+    add("--streams", type=int, help="must be the codec's (default: the codec's)")
+    add("--size", choices=sorted(RECIPES), help="default: base with CUDA, tiny without")
+    add("--steps", type=int, help="training steps (default: by size)")
+    add("--batch", type=int, help="clips per step, over all processes (default: by size)")
+    add("--micro", type=int, help="clips per forward pass and process; lower it when memory runs out")
+    add("--mix", type=float, default=0.5, help="share of examples that are a mix of two clips")
+    add("--guidance", type=float, default=3.0, help="of the sounds made for evaluation")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--seed", type=int, default=0)
+    add("--resume", action="store_true", help="go on from lm_train.pt in --out")
+    add("--eval_only", action="store_true", help="measure lm.pt in --out and stop")
+    return parser.parse_args()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def clip_losses(lm, codes, text, micro=8):
+    """Cross-entropy of each clip and stream (B, K), in nats per code."""
+    losses = []
+    for c, t in zip(codes.split(micro), text.split(micro)):
+        logits = lm.predict(lm.text_encoder(t), c).float()  # (b, K, F, V)
+        losses.append(F.cross_entropy(logits.permute(0, 3, 1, 2), c, reduction="none").mean(2))
+    return torch.cat(losses)
+
+
+def wrong_captions(captions, seed=0):
+    """For every clip the caption of another clip that says something else."""
+    rng = np.random.default_rng(seed)
+    different = [[c for c in captions if c != caption] or [""] for caption in captions]
+    return [others[rng.integers(len(others))] for others in different]
+
+
+def frechet(x, y):
+    """Fréchet distance of two clouds (N, D), each taken as a Gaussian: |m - n|^2 + tr(A + B - 2 (A B)^(1/2))."""
+    x, y = x.double(), y.double()
+    A, B = x.T.cov(), y.T.cov()
+    values, vectors = torch.linalg.eigh(A)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # A^(1/2)
+    cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()
+    return float((x.mean(0) - y.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross)
+
+
+@torch.no_grad()
+def embed(codec, waves):
+    """Waves (n, T) to the codec's latents (n, F, D), the space in which sounds are compared here."""
+    return torch.cat([codec.latents(wave) for wave in waves.split(8)])
+
+
+class ClassCentres:
+    """Nearest class centre in the codec's latent space: mean and spread over time of every latent, whitened by
+    the scatter within classes of the real training clips (linear discriminant analysis)."""
+
+    def __init__(self, latents, captions):
+        self.names = sorted(set(captions))
+        x = self.features(latents)
+        label = torch.tensor([self.names.index(c) for c in captions], device=x.device)
+        centres = torch.stack([x[label == i].mean(0) for i in range(len(self.names))])
+        within = (x - centres[label]).T.cov()
+        values, vectors = torch.linalg.eigh(within + 0.1 * within.diagonal().mean() * torch.eye(len(within)).to(x))
+        self.whiten = vectors / values.sqrt()
+        self.centres = centres @ self.whiten
+
+    def features(self, latents):
+        return torch.cat((latents.mean(1), latents.std(1).clamp(min=1e-4).log()), 1).double()
+
+    def accuracy(self, latents, captions):
+        nearest = torch.cdist(self.features(latents) @ self.whiten, self.centres).argmin(1)
+        return float(np.mean([self.names[i] == c for i, c in zip(nearest.tolist(), captions)]))
+
+
+def measure(lm, tokenizer, held_out, device):
+    """Loss per stream and caption accuracy on held-out clips, as a dictionary of numbers."""
+    codes, captions, pairs = held_out
+    true = clip_losses(lm, codes, tokenizer.batch(captions, lm.cfg.window).to(device))
+    wrong = clip_losses(lm, codes, tokenizer.batch(wrong_captions(captions), lm.cfg.window).to(device))
+    right = true.mean(1) < wrong.mean(1)
+    result = {"loss": true.mean().item(), "caption_accuracy": right.float().mean().item()}
+    result |= {f"loss{k}": loss for k, loss in enumerate(true.mean(0).tolist())}
+    if pairs.any():
+        result |= {"held_out_pairs": right[pairs].float().mean().item(), "seen": right[~pairs].float().mean().item()}
+    return result
+
+
+def listen(lm, codec, tokenizer, data, device, guidance, folder, say, each=4):
+    """Generate, and place the sounds beside real ones: the table of rows that gives the numbers a meaning."""
+    length = SECONDS * D.SAMPLE_RATE
+    train, train_captions, _ = data.clips("train", length, limit=400)
+    real, captions, _ = data.clips("val", length, limit=80)
+    real_z = embed(codec, real.to(device))
+    train_z = embed(codec, train.to(device))
+    decoded = torch.cat([codec.decode(codec.encode(w)) for w in real.to(device).split(8)])
+    classes = sorted(set(train_captions))
+    judged = len(classes) <= 50 and len(train_captions) >= 4 * len(classes)
+    prompts = [c for c in classes for _ in range(each)] if judged else captions[:40]
+    text = tokenizer.batch(prompts, lm.cfg.window).to(device)
+    waves = []
+    for i in range(0, len(prompts), 20):
+        seeds = range(i, i + len(text[i : i + 20]))
+        waves.append(codec.decode(lm.generate(text[i : i + 20], lm.cfg.frames, seeds=seeds, guidance=guidance)))
+    waves = torch.cat(waves)
+    os.makedirs(folder, exist_ok=True)
+    for i, (wave, prompt) in enumerate(zip(waves, prompts)):
+        name = "".join(c if c.isalnum() else "_" for c in prompt)[:60]
+        soundfile.write(os.path.join(folder, f"{i:03d}_{name}.wav"), wave.clamp(-1, 1).cpu().numpy(), D.SAMPLE_RATE)
+    rows = {"real, training": (train_z, train_captions), "real, held out": (real_z, captions),
+            "codec resynthesis": (embed(codec, decoded), captions), f"generated at {guidance:g}": (embed(codec, waves), prompts)}
+    centres = ClassCentres(train_z, train_captions) if judged else None
+    say(f"{'':24}{'Fréchet distance':>18}{'nearest class':>15}")
+    for name, (z, names) in rows.items():
+        accuracy = f"{centres.accuracy(z, names):.3f}" if judged else "n/a"
+        say(f"{name:24}{frechet(real_z.flatten(0, 1), z.flatten(0, 1)):18.3f}{accuracy:>15}")
+
+
+def as_text(measures):
+    return "held out: " + ", ".join(f"{name} {value:.3f}" for name, value in measures.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def lr_factor(step, steps, warmup):
+    """Linear warm-up, inverse square root, and a linear cool-down to zero over the end of the run."""
+    warmup = min(warmup, max(1, steps // 10))
+    decay = min((step + 1) / warmup, math.sqrt(warmup / (step + 1)))
+    return decay * min(1, (steps - step) / (COOLDOWN * steps))
+
+
+def make_optimizer(lm, lr, cuda, shard):
+    """AdamW; matrices decay, gains and biases do not. Sharded, each process keeps the state of its part only."""
+    parameters = [p for p in lm.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    options = {"lr": lr, "betas": (0.9, 0.95), "fused": cuda}
+    if shard:
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
+    return torch.optim.AdamW(groups, **options)
+
+
+@torch.no_grad()
+def update_ema(average, model, decay):
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+
+
+def main():
+    args = get_args()
+    device, rank, world = D.start_processes(args.device)
+    cuda, first = device.type == "cuda", rank == 0
+    args.size = args.size or ("base" if cuda else "tiny")
+    recipe = RECIPES[args.size]
+    steps, batch = args.steps or recipe["steps"], args.batch or recipe["batch"]
+    micro = min(args.micro or recipe["micro"], max(1, batch // world))
+    accumulate = max(1, batch // (world * micro))
+    path, resume_path = os.path.join(args.out, "lm.pt"), os.path.join(args.out, "lm_train.pt")
+    say = tqdm.write if first else lambda *_: None
+    if first:
+        lock = D.lock_folder(args.out)  # noqa: F841 (held until the process ends)
+
+    codec_path = args.codec or os.path.join(args.out, "codec.pt")
+    codec = Codec.load(codec_path, device)
+    streams = args.streams or codec.cfg.streams
+    if streams != codec.cfg.streams:
+        raise ValueError(f"--streams {streams}, but {codec_path} has {codec.cfg.streams}: "
+                         f"type python train_codec.py --streams {streams} first")
+
+    # Data, and the held-out clips as codes: they do not change.
+    data = D.first_then_all(lambda: D.AudioData(args.data, args.out, args.seed, log=say))
+    length = SECONDS * D.SAMPLE_RATE
+    waves, captions, _ = data.clips("val", length, limit=120)
+    codes = torch.cat([codec.encode(wave) for wave in waves.to(device).split(8)])
+    held_out = codes, captions, torch.from_numpy(data.held_out("val", limit=120)).to(device)
+
+    if args.eval_only:
+        lm = AudioLM.load(path, device, codec.hash())
+        tokenizer = D.Tokenizer(lm.tokenizer)
+        say(as_text(measure(lm, tokenizer, held_out, device)))
+        return listen(lm, codec, tokenizer, data, device, args.guidance, os.path.join(args.out, "lm_wavs"), say)
+
+    torch.manual_seed(args.seed)
+    tokenizer = D.Tokenizer.train(data.captions("train"), recipe["vocab"])
+    config = LMConfig(streams, args.size, vocab=tokenizer.vocab_size, frames=codes.shape[2], dropout=recipe["dropout"])
+    lm = AudioLM(config).to(device).train()
+    lm.tokenizer, lm.codec_hash = tokenizer.to_tensor(), codec.hash()
+    average = copy.deepcopy(lm).eval().requires_grad_(False)
+    optimizer = make_optimizer(lm, recipe["lr"], cuda, shard=world > 1 and args.size == "large")
+    start = 0
+    if args.resume:
+        saved = load_checkpoint(resume_path, "nanoaudiogen lm training")
+        if (saved["config"], saved["steps"], saved["codec_hash"]) != (vars(config), steps, lm.codec_hash):
+            raise ValueError(f"{resume_path}: was started with other settings or another codec (--steps "
+                             f"{saved['steps']}, {saved['config']}): repeat those, or leave out --resume")
+        for name, thing in {"lm": lm, "average": average, "optimizer": optimizer}.items():
+            thing.load_state_dict(saved[name])
+        start = saved["step"]
+        torch.set_rng_state(saved["rng"])
+    log = D.Log(os.path.join(args.out, "lm.csv"), start) if first else None
+    model = torch.compile(lm, dynamic=False) if cuda else lm
+    if world > 1:
+        model = DistributedDataParallel(model, device_ids=[device.index] if cuda else None)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cuda)
+
+    def save(step):
+        if world > 1 and args.size == "large":
+            optimizer.consolidate_state_dict(0)
+        if first:
+            D.save_atomic(average.checkpoint(), path)
+            D.save_atomic({"kind": "nanoaudiogen lm training", "config": vars(config), "steps": steps, "step": step,
+                           "codec_hash": lm.codec_hash, "rng": torch.get_rng_state(), "lm": lm.state_dict(),
+                           "average": average.state_dict(), "optimizer": optimizer.state_dict()}, resume_path)
+
+    frames_per_step = world * accumulate * micro * config.frames
+    say(f"language model {args.size}, {sum(p.numel() for p in lm.parameters()) / 1e6:.1f} M parameters, text "
+        f"vocabulary {config.vocab}; {steps} steps of {world} x {accumulate} x {micro} clips of {SECONDS} s "
+        f"({frames_per_step} frames) on {device}; {100 * args.mix:.0f} % of them mixed")
+    peak = next((v for k, v in PEAK_FLOPS.items() if cuda and k in torch.cuda.get_device_name(device)), None)
+    log_every, eval_every = max(1, steps // 100), max(50, steps // 5)
+    stopper, encoding, clock, clock_step = D.Stopper(), 0.0, time.time(), start
+    for step in tqdm(range(start, steps), initial=start, total=steps, disable=not first, smoothing=0.05):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe["lr"] * lr_factor(step, steps, recipe["warmup"])
+        stream_losses = 0.0
+        for i in range(accumulate):
+            rng = np.random.default_rng((args.seed, step, rank, i))
+            began = time.time()
+            wave, captions = data.batch(micro, length, rng, args.mix)
+            codes = codec.encode(wave.to(device))  # (B, K, F)
+            captions = ["" if rng.random() < CAPTION_DROPOUT else c for c in captions]
+            text = tokenizer.batch(captions, config.window).to(device)
+            encoding += time.time() - began
+            last = i == accumulate - 1
+            with contextlib.nullcontext() if last or world == 1 else model.no_sync():  # sync gradients once
+                with autocast:
+                    logits, loss = model(codes, text)
+                (loss / accumulate).backward()
+            with torch.no_grad():
+                nll = F.cross_entropy(logits.float().permute(0, 3, 1, 2), codes, reduction="none")
+                stream_losses = stream_losses + nll.mean((0, 2)) / accumulate  # (K,)
+        grad_norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        update_ema(average, lm, min(EMA, (1 + step) / (10 + step)))
+
+        done = step + 1
+        if done % log_every == 0 and first:
+            elapsed = time.time() - clock
+            speed = (done - clock_step) * frames_per_step / elapsed
+            mfu = f"{100 * speed * lm.flops_per_frame() / world / peak:.1f} %" if peak else "n/a"
+            share, clock, clock_step, encoding = encoding / elapsed, time.time(), done, 0.0
+            row = {"step": done, "loss": stream_losses.mean().item(), "grad_norm": grad_norm.item()}
+            row |= {f"loss{k}": value for k, value in enumerate(stream_losses.tolist())}
+            log.write([row])
+            say(f"{done} loss {row['loss']:.3f} | streams " + " ".join(f"{v:.2f}" for v in stream_losses.tolist())
+                + f" | grad {row['grad_norm']:.2f} | {speed:.0f} frames/s, codec {100 * share:.0f} % | MFU {mfu}")
+        evaluating = done % eval_every == 0 or done == steps
+        if evaluating or stopper.signal:
+            save(done)
+        if stopper.signal:
+            return say(f"{stopper.signal}: saved step {done} to {resume_path}; go on with --resume")
+        if evaluating and first:
+            say(as_text(measure(average, tokenizer, held_out, device)))
+    if first:
+        listen(average, codec, tokenizer, data, device, args.guidance, os.path.join(args.out, "lm_wavs"), say)
+    say(f'language model saved to {path}; next: python sample.py --prompt "{captions[0] or "rain"}"')
+
+
+if __name__ == "__main__":
+    with D.one_line_errors():
+        main()
