@@ -5,14 +5,14 @@
 AudioGen (arXiv 2209.15352), section 3.2 and 3.3; guidance from section 3.2, eq. of the sampling distribution.
 Trained by `train_lm.py`; this file needs PyTorch alone and can be copied into another project.
 
-- The K codes of a frame are embedded by K tables, whose mean is one vector; K heads predict the next frame's codes
-  independently of each other.
+- The K codes of a frame are embedded by K tables, whose mean is one vector; K heads predict the codes of the
+  next frame independently of each other.
 - Text reaches the sound twice, as in the paper: as a prefix of the sequence and through cross-attention.
-- Padding is a word like any other: every text is brought to exactly `window` tokens. So no mask is needed, the fused
-  causal kernel always applies, and the empty caption (for guidance) is a text too.
+- Padding is a word like any other: every text is brought to exactly `window` tokens. So no mask is needed,
+  the fused causal kernel always applies, and the empty caption (for guidance) is a text too.
 - Frame j is predicted from a learnt start vector and the frames before j.
 
-Letters: B batch, N text tokens, K streams, F frames, V codes per book, d width, H heads, S places in the cache.
+Letters: B batch, N text tokens, K streams, F frames, V codes per book, d width, H heads, S cache places.
 """
 
 import math
@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-SIZES = {  # decoder layers, heads, width, text encoder layers; parameters with K = 4 and the default vocabulary
-    "tiny": (6, 4, 256, 2),  # 9 M, for a CPU
+SIZES = {  # decoder layers, heads, width, text encoder layers; parameters at K = 4, vocabulary 8000
+    "tiny": (6, 4, 256, 2),  # 11 M (9 M with a small vocabulary), for a CPU
     "base": (24, 12, 768, 7),  # 285 M, as the paper's base
     "large": (36, 20, 1280, 3),  # 1 B, as the paper's large
 }
@@ -62,8 +62,8 @@ class SelfAttention(nn.Module):
         self.c_proj = nn.Linear(cfg.width, cfg.width)
 
     def forward(self, x, cache=None, step=None):
-        """x (B, T, d). With a cache (2, B, H, S, d / H), keys and values are kept; `step` is then None for the
-        first T places at once, or (place, mask) for a single one: a tensor (1,), and which places it may see."""
+        """x (B, T, d). With a cache (2, B, H, S, d / H), keys and values are kept; `step` is then None for
+        the first T places at once, or for a single one (place, mask): where it stands and what it may see."""
         B, T, d = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, d / H) each
         dropout = self.dropout if self.training else 0.0
@@ -140,7 +140,7 @@ class Block(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Text ids (B, N) to u (B, window, d): a small bidirectional transformer, trained with the rest (T5's part)."""
+    """Text ids (B, N) to u (B, window, d): a small bidirectional transformer, in place of the paper's T5."""
 
     def __init__(self, cfg: LMConfig):
         super().__init__()
@@ -153,7 +153,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, text):
         if text.shape[1] > self.window:
-            raise ValueError(f"the text has {text.shape[1]} tokens, the model reads {self.window}: use fewer words")
+            raise ValueError(f"the text has {text.shape[1]} tokens of at most {self.window}: use fewer words")
         text = F.pad(text, (0, self.window - text.shape[1]))
         x = self.drop(self.wte(text) + self.wpe.weight)  # (B, window, d)
         for block in self.blocks:
@@ -162,7 +162,7 @@ class TextEncoder(nn.Module):
 
 
 class AudioLM(nn.Module):
-    """GPT over [text, codes]. `tokenizer` (bytes as a tensor) and `codec_hash` say what it was trained with."""
+    """GPT over [text, codes]. `tokenizer` (its bytes) and `codec_hash` are what it was trained with."""
 
     def __init__(self, cfg: LMConfig):
         super().__init__()
@@ -176,7 +176,8 @@ class AudioLM(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
         self.ln_f = nn.LayerNorm(cfg.width)
         self.heads = nn.Linear(cfg.width, cfg.streams * cfg.codes, bias=False)  # K heads in one product
-        self.register_buffer("first", torch.arange(cfg.streams) * cfg.codes, persistent=False)  # of each table
+        first = torch.arange(cfg.streams) * cfg.codes  # row of each table
+        self.register_buffer("first", first, persistent=False)
         # GPT-2: normal(.02), and what is added to the residual stream is scaled by the number of additions.
         for name, p in self.named_parameters():
             if p.dim() >= 2:
@@ -194,10 +195,10 @@ class AudioLM(nn.Module):
         return self.heads(self.ln_f(x)).unflatten(2, (self.cfg.streams, -1)).transpose(1, 2)
 
     def forward(self, codes, text):
-        """Codes (B, K, F), text ids (B, N) padded with 0 -> logits (B, K, F, V), loss (): the mean cross-entropy
-        over streams and audio frames; text is never predicted. F is at most `cfg.frames`."""
+        """Codes (B, K, F), text ids (B, N) padded with 0 -> logits (B, K, F, V), loss (): the mean
+        cross-entropy over streams and audio frames; text is never predicted. F is at most `cfg.frames`."""
         if codes.shape[2] > self.cfg.frames:
-            raise ValueError(f"{codes.shape[2]} frames given, the model was made for {self.cfg.frames}: cut the clip")
+            raise ValueError(f"{codes.shape[2]} frames, the model reads {self.cfg.frames}: cut the clip")
         u = self.text_encoder(text)  # (B, N, d)
         logits = self.predict(u, codes)
         loss = F.cross_entropy(logits.flatten(0, 2).float(), codes.flatten())
@@ -216,7 +217,7 @@ class AudioLM(nn.Module):
         start = self.start.expand(len(codes), 1, -1)
         return torch.cat((start, self.embed(codes)), 1) + self.wpe.weight[: 1 + codes.shape[2]]
 
-    # -----------------------------------------------------------------------------------------------------------
+    # ------------------------------------------------------------------------------------------------------
     # Sampling
 
     @torch.no_grad()
@@ -243,8 +244,8 @@ class AudioLM(nn.Module):
             text = torch.cat([F.pad(t, (0, width - t.shape[1])) for t in (text, without)])  # (2 B, N)
         u = self.text_encoder(text)
         keys = [layer.cross.keys(u) for layer in self.blocks]
-        places = u.shape[1] + self.cfg.frames
-        cache = u.new_zeros(len(self.blocks), 2, len(u), self.cfg.heads, places, self.cfg.width // self.cfg.heads)
+        cfg, places = self.cfg, u.shape[1] + self.cfg.frames
+        cache = u.new_zeros(cfg.layers, 2, len(u), cfg.heads, places, cfg.width // cfg.heads)
 
         history = text.new_zeros(B, self.cfg.streams, 0) if prefix is None else prefix
         made = 0
@@ -263,10 +264,11 @@ class AudioLM(nn.Module):
                 noise = torch.stack([torch.rand(shape, generator=g) for g in generators]).to(u.device)
                 codes = []
                 for i in range(n):
-                    codes.append(choose(guide(logits, guidance), noise[:, i], temperature, top_k, top_p))  # (B, K)
+                    code = choose(guide(logits, guidance), noise[:, i], temperature, top_k, top_p)  # (B, K)
+                    codes.append(code)
                     position = given + first + i + 1
-                    if position < self.cfg.frames:
-                        logits = self.step(codes[-1].repeat(len(u) // B, 1), position, u.shape[1], keys, cache)
+                    if position < cfg.frames:
+                        logits = self.step(code.repeat(len(u) // B, 1), position, u.shape[1], keys, cache)
                 codes = torch.stack(codes, 2)
                 yield codes
                 made += n
@@ -283,7 +285,7 @@ class AudioLM(nn.Module):
             x = layer(x, k, c, (place, mask[None]))
         return self.to_logits(x)[:, :, 0]
 
-    # -----------------------------------------------------------------------------------------------------------
+    # ------------------------------------------------------------------------------------------------------
     # Accounting and files
 
     def flops_per_frame(self) -> float:
@@ -303,8 +305,8 @@ class AudioLM(nn.Module):
 
     @staticmethod
     def load(path, device="cpu", codec_hash=None) -> "AudioLM":
-        """The model in a checkpoint, in evaluation mode and float32. ValueError where the file is not one, or where
-        it was trained on the codes of another codec than the one with this hash."""
+        """The model in a checkpoint, in evaluation mode and float32. ValueError where the file is not one, or
+        where it was trained on the codes of another codec than the one with this hash."""
         checkpoint = load_checkpoint(path, "nanoaudiogen lm")
         try:
             lm = AudioLM(LMConfig(**checkpoint["config"]))
@@ -312,15 +314,15 @@ class AudioLM(nn.Module):
             lm.tokenizer, lm.codec_hash = checkpoint["tokenizer"], checkpoint["codec_hash"]
         except (KeyError, TypeError, RuntimeError) as e:
             reason = str(e).splitlines()[0]
-            raise ValueError(f"{path}: made by another version ({reason}): train again with train_lm.py") from None
+            raise ValueError(f"{path}: of another version ({reason}): train it again") from None
         if codec_hash and codec_hash != lm.codec_hash:
-            raise ValueError(f"{path} learnt the codes of codec {lm.codec_hash}, not of {codec_hash}: name the codec "
-                             "it was trained with by --codec, or train it again with train_lm.py")
+            raise ValueError(f"{path} learnt the codes of codec {lm.codec_hash}, not of {codec_hash}: name "
+                             "the codec it was trained with by --codec, or train it again")
         return lm.to(device).eval()
 
 
 def guide(logits, guidance: float):
-    """Classifier-free guidance on normalised log-probabilities: (2 B, K, V), with text first, to (B, K, V)."""
+    """Classifier-free guidance on normalised log-probabilities: (2 B, K, V), text first, to (B, K, V)."""
     logp = logits.float().log_softmax(-1)
     if guidance == 1:
         return logp
@@ -331,8 +333,8 @@ def guide(logits, guidance: float):
 def choose(logp, noise, temperature: float = 1.0, top_k: int = 0, top_p: float = 0.0):
     """One code for each stream: scores (B, K, V) and uniform noise of the same shape to codes (B, K).
 
-    argmax(p / q) with q exponential is a draw from p (the Gumbel trick): no loop over rows, no wait for the GPU,
-    and the noise can come from a generator of each prompt's own."""
+    argmax(p / q) with q exponential is a draw from p (the Gumbel trick): no loop over rows, no wait for the
+    GPU, and the noise can come from a generator of each prompt's own."""
     if temperature == 0:
         return logp.argmax(-1)
     logp = (logp / temperature).log_softmax(-1)
@@ -347,15 +349,15 @@ def choose(logp, noise, temperature: float = 1.0, top_k: int = 0, top_p: float =
 
 
 def load_checkpoint(path, kind: str) -> dict:
-    """A checkpoint of this kind, loaded without running any code from the file; ValueError for anything else."""
+    """A checkpoint of this kind, loaded without running code from the file; ValueError for anything else."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: there is no such checkpoint: train one first, or name another") from None
+        raise FileNotFoundError(f"{path}: no such checkpoint: train one first, or name another") from None
     except Exception as e:  # noqa: BLE001 (torch.load raises a dozen types for broken files)
         reason = (str(e).splitlines() or [type(e).__name__])[0][:80]
         raise ValueError(f"{path}: truncated, or not a checkpoint ({reason}): name another file") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
         found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
-        raise ValueError(f"{path}: expected a {kind}, found {found or 'a file of another project'}: name another file")
+        raise ValueError(f"{path}: expected a {kind}, found {found or 'another project'}: name another file")
     return checkpoint

@@ -2,7 +2,7 @@
 
     python sample.py --prompt "a dog barks in the rain"                   a WAV and a page to listen to
     python sample.py --prompt "rain" --prompt "a bell" --num_samples 3    several prompts, three sounds each
-    python sample.py --prompts prompts.txt --seconds 10                   a prompt per line, longer than trained
+    python sample.py --prompts prompts.txt --seconds 10                   longer than trained
     python sample.py --prompt "footsteps" --continue_from start.wav       go on from a recording
     python sample.py --prompt "sea waves" --stream | aplay                hear it while it is made
 
@@ -10,7 +10,6 @@ Weights: the newest pair in out/, else the ones in pretrained/; or name them wit
 Writes to --out one WAV per sound and index.html, a page with players and spectrograms that works offline.
 """
 
-import argparse
 import base64
 import html
 import io
@@ -30,17 +29,17 @@ from lm import AudioLM
 
 
 def get_args():
-    parser = argparse.ArgumentParser(description="Turn words into sound.")
+    parser = D.Parser(description="Turn words into sound.")
     add = parser.add_argument
     add("--prompt", action="append", default=[], help="what to hear; may be given several times")
     add("--prompts", help="text file with a prompt per line")
     add("--seconds", type=float, default=5.0)
-    add("--num_samples", type=int, default=1, help="sounds per prompt, each with the next seed")
+    add("--num_samples", type=D.positive, default=1, help="sounds per prompt, each with the next seed")
     add("--seed", type=int, default=0)
-    add("--guidance", type=float, default=3.0, help="how strongly words weigh: 1 as learnt, more than 1 stronger")
-    add("--temperature", type=float, default=1.0, help="below 1 safer, above 1 wilder, 0 always the likeliest")
-    add("--top_k", type=int, default=0, help="choose among the k likeliest codes only; 0 among all")
-    add("--top_p", type=float, default=0.0, help="choose among the likeliest codes that make up p; 0 among all")
+    add("--guidance", type=float, default=3.0, help="how strongly words weigh: 1 as learnt")
+    add("--temperature", type=float, default=1.0, help="below 1 safer, above 1 wilder, 0 likeliest")
+    add("--top_k", type=int, default=0, help="choose among the k likeliest codes; 0 among all")
+    add("--top_p", type=float, default=0.0, help="choose among codes that make up p; 0 among all")
     add("--negative", default="", help="what not to hear")
     add("--continue_from", help="audio file whose end is continued")
     add("--stream", nargs="?", const="-", help="write one sound as it is made, to a file or (-) to stdout")
@@ -54,12 +53,13 @@ def get_args():
             with open(args.prompts, encoding="utf-8") as f:
                 args.prompt += [line.strip() for line in f if line.strip()]
         except UnicodeDecodeError:
-            raise ValueError(f"{args.prompts}: not UTF-8 text: save it as UTF-8, one prompt per line") from None
+            raise ValueError(f"{args.prompts}: not UTF-8 text: save it as UTF-8") from None
     if not args.prompt and not args.continue_from:
         raise ValueError('nothing to make: type --prompt "a dog barks in the rain"')
     if any(not p.strip() for p in args.prompt):
         raise ValueError('a prompt is empty: type --prompt "a dog barks in the rain"')
-    limits = {"seconds": (0.01, 600), "num_samples": (1, 1000), "temperature": (0, 10), "top_p": (0, 1), "top_k": (0, 2048)}
+    limits = {"seconds": (0.01, 600), "num_samples": (1, 1000)}
+    limits |= {"temperature": (0, 10), "top_p": (0, 1), "top_k": (0, 2048)}
     for name, (low, high) in limits.items():
         if not low <= getattr(args, name) <= high:
             raise ValueError(f"--{name} {getattr(args, name)}: expected a number from {low} to {high}")
@@ -79,6 +79,8 @@ def find_weights(args):
         if not os.path.exists(lm):
             raise FileNotFoundError("no weights found in out/ or pretrained/: type python train_codec.py && "
                                     "python train_lm.py --streams 4, or name them with --lm and --codec")
+    if not os.path.exists(lm):
+        raise FileNotFoundError(f"{lm}: no such checkpoint: train one first, or name another")
     return lm, args.codec or os.path.join(os.path.dirname(lm), "codec.pt")
 
 
@@ -94,22 +96,12 @@ def clock(function, device, times=3):
     return best
 
 
-def fastest(lm, device):
-    """The model in bfloat16 where that is measured to be faster here, else as it is: a frame costs what it takes
-    to read the weights once, and half the bytes take half the time if the processor knows the format."""
-    text = torch.zeros(1, 1, dtype=torch.long, device=device)
-    half = AudioLM(lm.cfg).to(device, torch.bfloat16).eval()
-    half.load_state_dict(lm.state_dict())
-    half.tokenizer, half.codec_hash = lm.tokenizer, lm.codec_hash
-    return min((lm, half), key=lambda model: clock(lambda: model.generate(text, 4), device, times=2))
-
-
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Pictures of sound
 
 
 def spectrogram(wave, width=600):
-    """Wave (T,) to a log-mel picture (64, width) in [0, 1], low frequencies first; 80 dB from black to white."""
+    """Wave (T,) to a log-mel picture (64, width) in [0, 1], low frequencies first; it spans 80 dB."""
     mel = MelLoss(exponents=[10]).mel(wave[None].cpu().float(), 1024)[0].T  # (64, frames)
     mel = torch.nn.functional.interpolate(mel[None], size=width, mode="linear", align_corners=False)[0]
     db = 20 * mel.clamp(min=1e-5).log10()
@@ -127,7 +119,8 @@ def png(picture) -> bytes:
         return struct.pack(">I", len(body)) + tag + body + struct.pack(">I", zlib.crc32(tag + body))
 
     header = struct.pack(">IIBBBBB", rgb.shape[1], rgb.shape[0], 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
 
 
 def in_characters(wave, width=72, height=10) -> str:
@@ -143,7 +136,7 @@ def page(title, clips) -> str:
     parts = [
         "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>",
         f"<title>{html.escape(title)}</title>",
-        "<style>body{font:16px/1.5 system-ui,sans-serif;max-width:44rem;margin:2rem auto;padding:0 1rem;color:#222}",
+        "<style>body{font:16px/1.5 system-ui,sans-serif;max-width:44rem;margin:2rem auto;padding:0 1rem}",
         "figure{margin:2rem 0}img{width:100%;height:12rem;display:block;border-radius:6px 6px 0 0}",
         "audio{width:100%}h2{font-size:1.1rem;margin:0}small{color:#666}</style>",
         f"<h1>{html.escape(title)}</h1>",
@@ -151,10 +144,12 @@ def page(title, clips) -> str:
     for caption, settings, wave in clips:
         picture = base64.b64encode(png(spectrogram(wave))).decode()
         sound = base64.b64encode(wav_bytes(wave)).decode()
-        parts.append(
-            f"<figure><h2>{html.escape(caption)}</h2><img alt='spectrogram' src='data:image/png;base64,{picture}'>"
-            f"<audio controls src='data:audio/wav;base64,{sound}'></audio><small>{html.escape(settings)}</small></figure>"
-        )
+        parts += [
+            f"<figure><h2>{html.escape(caption)}</h2>",
+            f"<img alt='spectrogram' src='data:image/png;base64,{picture}'>",
+            f"<audio controls src='data:audio/wav;base64,{sound}'></audio>",
+            f"<small>{html.escape(settings)}</small></figure>",
+        ]
     return "\n".join(parts)
 
 
@@ -168,7 +163,7 @@ def to_numpy(wave):
     return wave.float().clamp(-1, 1).cpu().numpy()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 def main():
@@ -180,10 +175,10 @@ def main():
     lm = AudioLM.load(lm_path, device, codec.hash())
     tokenizer = D.Tokenizer(lm.tokenizer)
     for prompt in args.prompt + [args.negative]:
-        if len(tokenizer.encode(prompt)) > lm.cfg.window:
-            raise ValueError(f"the prompt {prompt[:40]!r}... has {len(tokenizer.encode(prompt))} tokens, the model "
-                             f"reads {lm.cfg.window}: use fewer words")
-    lm = fastest(lm, device)
+        if (tokens := len(tokenizer.encode(prompt))) > lm.cfg.window:
+            raise ValueError(f"the prompt {prompt[:40]!r}... has {tokens} tokens, the model reads "
+                             f"{lm.cfg.window}: use fewer words")
+    lm = lm.to(D.fast_dtype(device))  # a frame costs what it takes to read the weights once: halve them
     weights = sum(p.numel() * p.element_size() for p in [*lm.blocks.parameters(), lm.heads.weight])
     say(f"{lm_path} and {codec_path} on {device}, {str(next(lm.parameters()).dtype)[6:]}")
     os.makedirs(args.out, exist_ok=True)
@@ -203,7 +198,7 @@ def main():
     blocks = lm.generate_stream(text, frames, seeds=seeds, **options)
     if args.stream:
         waves = [[]]
-        target = sys.stdout.buffer if args.stream == "-" else open(args.stream, "wb")
+        target = sys.stdout.buffer if args.stream == "-" else open(args.stream, "wb")  # noqa: SIM115
         # A WAV header that promises the greatest length: players read on until the stream ends.
         target.write(b"RIFF\xff\xff\xff\xffWAVEfmt " + struct.pack("<IHHIIHH", 16, 1, 1, 16000, 32000, 2, 16)
                      + b"data\xff\xff\xff\xff")
@@ -225,19 +220,20 @@ def main():
         path = os.path.join(args.out, f"{i:03d}_{name}_{seed}.wav")
         with open(path, "wb") as f:
             f.write(wav_bytes(wave))
-        settings = f"seed {seed}, " + ", ".join(f"{k} {v}" for k, v in options.items() if not torch.is_tensor(v))
-        clips.append((prompt, settings, wave))
+        settings = ", ".join(f"{k} {v}" for k, v in options.items() if not torch.is_tensor(v))
+        clips.append((prompt, f"seed {seed}, {settings}", wave))
         say(f"\n{prompt} (seed {seed})\n{in_characters(wave)}\n{path}")
     with open(os.path.join(args.out, "index.html"), "w", encoding="utf-8") as f:
         f.write(page("nanoAudioGen: " + ", ".join(dict.fromkeys(prompts))[:80], clips))
     seconds = frames / codec.cfg.frame_rate * len(prompts)
-    say(f"\n{seconds:.1f} s of sound in {spent:.1f} s, {seconds / spent:.1f} x real time, {1000 * spent / frames:.1f} ms "
-        f"per frame; page: {os.path.join(args.out, 'index.html')}")
+    say(f"\n{seconds:.1f} s of sound in {spent:.1f} s, {seconds / spent:.1f} x real time, "
+        f"{1000 * spent / frames:.1f} ms per frame; page: {os.path.join(args.out, 'index.html')}")
     if not args.stream:
         big = torch.ones(1 << 26, device=device)
         bandwidth = big.numel() * 4 / clock(lambda: big.sum(), device)
+        floor = weights / bandwidth / (made / frames)
         say(f"language model {1000 * made / frames:.1f} ms per frame, of which reading its weights once "
-            f"({weights / 1e6:.0f} MB at {bandwidth / 1e9:.0f} GB/s) is {100 * weights / bandwidth / (made / frames):.0f} %; "
+            f"({weights / 1e6:.0f} MB at {bandwidth / 1e9:.0f} GB/s) is {100 * floor:.0f} %; "
             f"codec {100 * (spent - made) / spent:.0f} % of the time")
     elif first_sound:
         say(f"first sound after {first_sound:.2f} s")

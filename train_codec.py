@@ -1,18 +1,17 @@
 """Train the neural codec: the first of the three commands.
 
-    python train_codec.py                                    the built-in sound world, on whatever machine this is
-    python train_codec.py --data clips.csv                   your own clips: a CSV, JSONL or folder (see README)
-    python train_codec.py --data one_clip/ --steps 400       overfit one clip first: two minutes on a CPU
-    python train_codec.py --data clips.csv --resume          go on after an interruption
-    python train_codec.py --data clips.csv --eval_only       measure the codec in --out on the held-out clips
-    torchrun --nproc_per_node=8 train_codec.py --data ...    several GPUs (add --nnodes for several machines)
+    python train_codec.py                                  the built-in sound world, on whatever machine
+    python train_codec.py --data clips.csv                 your own clips: a CSV, JSONL or folder (see README)
+    python train_codec.py --data one_clip/ --steps 400     overfit one clip first: two minutes on a CPU
+    python train_codec.py --data clips.csv --resume        go on after an interruption
+    python train_codec.py --data clips.csv --eval_only     measure the codec in --out on the held-out clips
+    torchrun --nproc_per_node=8 train_codec.py --data ...  several GPUs (add --nnodes for several machines)
 
 Writes to --out: codec.pt (what sample.py and train_lm.py load), codec_train.pt (what --resume loads),
 codec.csv (the log) and codec_wavs/ (held-out clips and what the codec makes of them).
 AudioGen (arXiv 2209.15352) section 3.1; the balancer is EnCodec's (arXiv 2210.13438) section 3.4.
 """
 
-import argparse
 import copy
 import math
 import os
@@ -44,10 +43,11 @@ from codec import (
 # Settled by comparison at equal minutes (see README). `d_from` is the share of the run after which the
 # discriminator enters and `d_filters` its width: it makes a step several times dearer, so it comes last.
 RECIPES = {
-    "tiny": {"steps": 3000, "batch": 8, "seconds": 1.0, "lr": 1e-3, "d_from": 0.9, "d_filters": 8},
+    "tiny": {"steps": 3000, "batch": 8, "seconds": 1.0, "lr": 7e-4, "d_from": 0.95, "d_filters": 8},
     "paper": {"steps": 20000, "batch": 64, "seconds": 1.0, "lr": 5e-4, "d_from": 0.5, "d_filters": 32},
 }
-WEIGHTS = {"wave": 0.1, "mel": 1.0, "adversarial": 1.0, "feature": 1.0}  # shares of the gradient: codec.Balancer
+WEIGHTS = {"wave": 0.3, "mel": 1.0, "adversarial": 1.0, "feature": 1.0}  # shares: see codec.Balancer
+JUDGE_LR = 3e-4  # constant: the judge comes late, when the codec's own rate is falling
 COMMITMENT = 0.25  # stands outside the balancer: it does not pass through the output
 EMA = 0.999  # of the weights that are kept
 CLIP = 10.0  # on the norm of the gradient: cuts single explosions, the usual norm is far below
@@ -55,14 +55,14 @@ MAX_BAD_STEPS = 10
 
 
 def get_args():
-    parser = argparse.ArgumentParser(description="Train the neural codec.")
+    parser = D.Parser(description="Train the neural codec.")
     add = parser.add_argument
     add("--data", nargs="+", default=["world"], help="CSV, JSONL or folder, each with an optional :WEIGHT")
     add("--out", default="out", help="folder for checkpoints, log and prepared data")
     add("--streams", type=int, default=4, help="1, 2, 4 or 8 streams of codes")
     add("--size", choices=sorted(RECIPES), help="default: paper with CUDA, tiny without")
-    add("--steps", type=int, help="training steps (default: by size)")
-    add("--batch", type=int, help="crops per step, over all processes (default: by size)")
+    add("--steps", type=D.positive, help="training steps (default: by size)")
+    add("--batch", type=D.positive, help="crops per step, over all processes (default: by size)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--seed", type=int, default=0)
     add("--resume", action="store_true", help="go on from codec_train.pt in --out")
@@ -115,7 +115,7 @@ def update_ema(average, model, decay):
 
 
 def average_gradients(parameters, world):
-    """All-reduce by hand: the balancer and the shared forward of D call backward in ways that DDP does not see."""
+    """All-reduce by hand: the balancer calls backward in ways that DistributedDataParallel does not see."""
     if world > 1:
         flat = torch.cat([p.grad.flatten() for p in parameters])
         dist.all_reduce(flat)
@@ -133,13 +133,13 @@ def health(effective, codes, accuracy, grad_norm):
     for k, p in enumerate(effective):
         if p < codes / 10:
             yield (
-                f"stream {k + 1} uses only {p:.0f} of {codes} codes: the codebook is collapsing. Early in a run it "
-                "recovers by itself; later lower the learning rate (a larger --batch does the same) or add data."
+                f"stream {k + 1} uses only {p:.0f} of {codes} codes: the codebook is collapsing. Early in a "
+                "run it recovers by itself; later lower lr in RECIPES, raise --batch, or add data."
             )
-    if accuracy is not None and accuracy > 0.95:
+    if accuracy > 0.95:
         yield (
-            f"the discriminator tells real from decoded {100 * accuracy:.0f} % of the time: it has won and its "
-            "gradient says little. Start it later (d_from) or make it smaller (d_filters in RECIPES)."
+            f"the discriminator is right {100 * accuracy:.0f} % of the time: it has won, and its gradient "
+            "says little. Start it later (d_from) or make it smaller (d_filters in RECIPES)."
         )
     if grad_norm > 10 * CLIP:
         yield f"the gradient's norm is {grad_norm:.0f}: training is unstable. Lower lr in RECIPES."
@@ -156,6 +156,8 @@ def main():
     path = os.path.join(args.out, "codec.pt")
     resume_path = os.path.join(args.out, "codec_train.pt")
     say = tqdm.write if first else lambda *_: None
+    if batch % world:
+        raise ValueError(f"--batch {batch}: cannot be shared by {world} processes, type a multiple of that")
     if first:
         lock = D.lock_folder(args.out)  # noqa: F841 (held until the process ends)
 
@@ -178,7 +180,7 @@ def main():
     balancer = Balancer(WEIGHTS).to(device)
     parameters, judge_parameters = list(codec.parameters()), list(judge.parameters())
     optimizer = torch.optim.Adam(parameters, recipe["lr"], betas=(0.9, 0.99))
-    judge_optimizer = torch.optim.Adam(judge_parameters, recipe["lr"], betas=(0.9, 0.99))
+    judge_optimizer = torch.optim.Adam(judge_parameters, JUDGE_LR, betas=(0.5, 0.9))
     state = {"codec": codec, "average": average, "judge": judge, "balancer": balancer}
     state |= {"optimizer": optimizer, "judge_optimizer": judge_optimizer}
     start, accuracy = 0, 0.5
@@ -186,53 +188,57 @@ def main():
         saved = load_checkpoint(resume_path, "nanoaudiogen codec training")
         if (saved["config"], saved["steps"]) != (vars(config), steps):
             raise ValueError(f"{resume_path}: was started with other settings ({saved['config']}, --steps "
-                             f"{saved['steps']}): repeat those, or leave out --resume to start anew")
+                             f"{saved['steps']}): repeat those, or leave out --resume")
         for name, thing in state.items():
             thing.load_state_dict(saved[name])
         start, accuracy = saved["step"], saved["accuracy"]
         torch.set_rng_state(saved["rng"])
     log = D.Log(os.path.join(args.out, "codec.csv"), start) if first else None
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cuda)
     step_codec = torch.compile(codec, dynamic=False) if cuda else codec
 
     def save(step):
         if first:
             D.save_atomic(average.checkpoint(), path)
-            extra = {"kind": "nanoaudiogen codec training", "config": vars(config), "steps": steps, "step": step}
-            extra |= {"accuracy": accuracy, "rng": torch.get_rng_state()}
-            D.save_atomic(extra | {name: thing.state_dict() for name, thing in state.items()}, resume_path)
+            training = {"kind": "nanoaudiogen codec training", "config": vars(config), "steps": steps}
+            training |= {"step": step, "accuracy": accuracy, "rng": torch.get_rng_state()}
+            D.save_atomic(training | {k: thing.state_dict() for k, thing in state.items()}, resume_path)
 
     say(f"codec {args.size}, {config.streams} streams of {config.codes} codes, {config.kbps} kbit/s, "
         f"{sum(p.numel() for p in parameters) / 1e6:.1f} M parameters; {steps} steps of {batch} x "
         f"{recipe['seconds']} s on {device}; discriminator from step {int(recipe['d_from'] * steps)}")
-    crop, log_every, eval_every = int(recipe["seconds"] * D.SAMPLE_RATE), max(1, steps // 100), max(100, steps // 10)
-    stopper, bad, warned, seen = D.Stopper(), 0, {}, []
+    crop = int(recipe["seconds"] * D.SAMPLE_RATE)
+    log_every, eval_every = max(1, steps // 100), max(100, steps // 10)
+    stopper, bad, warned = D.Stopper(), 0, {}
     clock, clock_step = time.time(), start
     for step in tqdm(range(start, steps), initial=start, total=steps, disable=not first, smoothing=0.05):
         rng = np.random.default_rng((args.seed, step, rank))
         wave, _ = data.batch(batch // world, crop, rng)
         wave = wave.to(device)
-        for group in optimizer.param_groups + judge_optimizer.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = recipe["lr"] * lr_factor(step, steps)
 
-        with autocast:
+        with D.autocast(device):
             wave_hat, codes, commitment = step_codec(wave)
         losses = {"wave": (wave_hat - wave).abs().mean(), "mel": mel(wave, wave_hat)}
         weights = dict(WEIGHTS)
         if step >= recipe["d_from"] * steps:
-            # One forward of D serves both sides. It hears every clip at the same loudness (quiet ones would be
-            # nothing to it), and what it says counts only as far as it does better than guessing: a balancer
-            # gives a term its full share of the gradient however meaningless it is.
+            # One forward of D serves both sides. It hears every clip at the same loudness (quiet ones would
+            # be nothing to it), and what it says counts only as far as it does better than guessing: a
+            # balancer gives a term its full share however meaningless it is.
             loudness = wave.std(1, keepdim=True) + 1e-3
             logits, features = judge(torch.cat((wave, wave_hat)) / torch.cat((loudness, loudness)))
             real, fake = zip(*(scale.chunk(2) for scale in logits))
             real_features, fake_features = zip(*(zip(*(f.chunk(2) for f in scale)) for scale in features))
             judge_loss = discriminator_loss(real, fake)
-            for p, g in zip(judge_parameters, torch.autograd.grad(judge_loss, judge_parameters, retain_graph=True)):
+            gradients = torch.autograd.grad(judge_loss, judge_parameters, retain_graph=True)
+            for p, g in zip(judge_parameters, gradients):
                 p.grad = g
-            hits = [(r > 0).float().mean() + (f < 0).float().mean() for r, f in zip(real, fake)]
-            accuracy += 0.02 * (sum(hits).item() / (2 * len(hits)) - accuracy)
-            losses |= {"adversarial": generator_loss(fake), "feature": feature_loss(real_features, fake_features)}
+            hits = sum((r > 0).float().mean() + (f < 0).float().mean() for r, f in zip(real, fake))
+            if world > 1:
+                dist.all_reduce(hits)  # all must agree on whether D has a say
+            accuracy += 0.02 * (hits.item() / (2 * len(real) * world) - accuracy)
+            losses["adversarial"] = generator_loss(fake)
+            losses["feature"] = feature_loss(real_features, fake_features)
             edge = max(0.0, min(1.0, 2 * accuracy - 1))
             weights |= {name: WEIGHTS[name] * edge for name in ("adversarial", "feature")}
         gradient = balancer(losses, weights, wave_hat)
@@ -247,36 +253,37 @@ def main():
             if bad == MAX_BAD_STEPS:
                 raise ValueError(f"{bad} steps in a row were not finite; {path} holds the last good one: "
                                  "lower lr in RECIPES and --resume")
-            continue
-        bad = 0
-        optimizer.step()
-        if "feature" in losses:
-            average_gradients(judge_parameters, world)
-            judge_optimizer.step()
-        update_ema(average, codec, min(EMA, (1 + step) / (10 + step)))
-        seen = seen[-99:] + [codes.detach()]
+        else:
+            bad = 0
+            optimizer.step()
+            if "feature" in losses:
+                average_gradients(judge_parameters, world)
+                judge_optimizer.step()
+            update_ema(average, codec, min(EMA, (1 + step) / (10 + step)))
 
-        done = step + 1
+        done, stopping = step + 1, stopper.asked(device)
         if done % log_every == 0 and first:
-            effective, used = perplexity(torch.cat(seen), config.codes)
+            effective, used = perplexity(codes, config.codes)
             speed = (done - clock_step) * batch * recipe["seconds"] / (time.time() - clock)
             clock, clock_step = time.time(), done
             row = {"step": done} | {name: losses[name].item() if name in losses else "" for name in WEIGHTS}
             row |= {"commitment": commitment.item(), "accuracy": accuracy, "grad_norm": grad_norm.item()}
-            row |= {f"perplexity{k}": p for k, p in enumerate(effective)} | {f"used{k}": u for k, u in enumerate(used)}
+            row |= {f"perplexity{k}": p for k, p in enumerate(effective)}
+            row |= {f"used{k}": u for k, u in enumerate(used)}
             log.write([row])
             terms = " ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
-            say(f"{done} {terms} commit {commitment.item():.3f} | perplexity "
-                + " ".join(f"{p:.0f}" for p in effective) + " | % used " + " ".join(f"{100 * u:.0f}" for u in used)
-                + (f" | D right {100 * accuracy:.0f} %" if "feature" in losses else "")
-                + f" | grad {grad_norm.item():.2f} | {speed:.1f} audio-s/s")
-            for sentence in health(effective, config.codes, accuracy if "feature" in losses else None, grad_norm):
+            books = " ".join(f"{p:.0f}" for p in effective)
+            share = " ".join(f"{100 * u:.0f}" for u in used)
+            judged = f" | D right {100 * accuracy:.0f} %" if "feature" in losses else ""
+            say(f"{done} {terms} commit {commitment.item():.3f} | perplexity {books} | % used {share}{judged}"
+                f" | grad {grad_norm.item():.2f} | {speed:.1f} audio-s/s")
+            for sentence in health(effective, config.codes, accuracy, grad_norm):
                 if done - warned.get(sentence[:12], -steps) >= eval_every:
                     warned[sentence[:12]] = done
                     say("! " + sentence)
-        if done % eval_every == 0 or done == steps or stopper.signal:
+        if done % eval_every == 0 or done == steps or stopping:
             save(done)
-        if stopper.signal:
+        if stopping:
             return say(f"{stopper.signal}: saved step {done} to {resume_path}; go on with --resume")
         if (done % eval_every == 0 or done == steps) and first:
             # Every fourth clip is enough on the way; the last word is spoken over all of them.

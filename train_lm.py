@@ -11,7 +11,6 @@ lm.csv (the log) and lm_wavs/ (a sound for each of a few held-out captions).
 AudioGen (arXiv 2209.15352) section 3.2; optimizer and sizes from its section 4.
 """
 
-import argparse
 import contextlib
 import copy
 import math
@@ -22,7 +21,6 @@ import numpy as np
 import soundfile
 import torch
 import torch.nn.functional as F
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -33,8 +31,12 @@ from lm import AudioLM, LMConfig, load_checkpoint
 # Settled by comparison at equal minutes for `tiny` (see README); `base` and `large` are the paper's.
 RECIPES = {
     "tiny": {"steps": 1000, "batch": 4, "micro": 4, "lr": 1e-3, "warmup": 100, "dropout": 0.1, "vocab": 512},
-    "base": {"steps": 50000, "batch": 256, "micro": 16, "lr": 5e-4, "warmup": 3000, "dropout": 0.0, "vocab": 8000},
-    "large": {"steps": 50000, "batch": 256, "micro": 8, "lr": 5e-4, "warmup": 3000, "dropout": 0.0, "vocab": 8000},
+    "base": {
+        "steps": 50000, "batch": 256, "micro": 16, "lr": 5e-4, "warmup": 3000, "dropout": 0, "vocab": 8000
+    },
+    "large": {
+        "steps": 50000, "batch": 256, "micro": 8, "lr": 5e-4, "warmup": 3000, "dropout": 0, "vocab": 8000
+    },
 }
 SECONDS = 5  # of every training example
 CAPTION_DROPOUT = 0.1  # captions ignored in training, so that guidance has something to lean away from
@@ -45,16 +47,16 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4
 
 
 def get_args():
-    parser = argparse.ArgumentParser(description="Train the language model.")
+    parser = D.Parser(description="Train the language model.")
     add = parser.add_argument
     add("--data", nargs="+", default=["world"], help="CSV, JSONL or folder, each with an optional :WEIGHT")
     add("--out", default="out", help="folder with codec.pt, for checkpoints, log and prepared data")
     add("--codec", help="codec checkpoint (default: codec.pt in --out)")
     add("--streams", type=int, help="must be the codec's (default: the codec's)")
     add("--size", choices=sorted(RECIPES), help="default: base with CUDA, tiny without")
-    add("--steps", type=int, help="training steps (default: by size)")
-    add("--batch", type=int, help="clips per step, over all processes (default: by size)")
-    add("--micro", type=int, help="clips per forward pass and process; lower it when memory runs out")
+    add("--steps", type=D.positive, help="training steps (default: by size)")
+    add("--batch", type=D.positive, help="clips per step, over all processes (default: by size)")
+    add("--micro", type=D.positive, help="clips per forward pass and process; lower it when memory runs out")
     add("--mix", type=float, default=0.5, help="share of examples that are a mix of two clips")
     add("--guidance", type=float, default=3.0, help="of the sounds made for evaluation")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -64,7 +66,7 @@ def get_args():
     return parser.parse_args()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Evaluation
 
 
@@ -86,7 +88,7 @@ def wrong_captions(captions, seed=0):
 
 
 def frechet(x, y):
-    """Fréchet distance of two clouds (N, D), each taken as a Gaussian: |m - n|^2 + tr(A + B - 2 (A B)^(1/2))."""
+    """Fréchet distance of two clouds (N, D) taken as Gaussians: |m - n|^2 + tr(A + B - 2 (A B)^(1/2))."""
     x, y = x.double(), y.double()
     A, B = x.T.cov(), y.T.cov()
     values, vectors = torch.linalg.eigh(A)
@@ -102,8 +104,8 @@ def embed(codec, waves):
 
 
 class ClassCentres:
-    """Nearest class centre in the codec's latent space: mean and spread over time of every latent, whitened by
-    the scatter within classes of the real training clips (linear discriminant analysis)."""
+    """Nearest class centre in the codec's latent space: mean and spread over time of every latent, whitened
+    by the scatter within classes of the real training clips (linear discriminant analysis)."""
 
     def __init__(self, latents, captions):
         self.names = sorted(set(captions))
@@ -111,7 +113,8 @@ class ClassCentres:
         label = torch.tensor([self.names.index(c) for c in captions], device=x.device)
         centres = torch.stack([x[label == i].mean(0) for i in range(len(self.names))])
         within = (x - centres[label]).T.cov()
-        values, vectors = torch.linalg.eigh(within + 0.1 * within.diagonal().mean() * torch.eye(len(within)).to(x))
+        within += 0.1 * within.diagonal().mean() * torch.eye(len(within)).to(x)  # there may be few clips
+        values, vectors = torch.linalg.eigh(within)
         self.whiten = vectors / values.sqrt()
         self.centres = centres @ self.whiten
 
@@ -132,7 +135,8 @@ def measure(lm, tokenizer, held_out, device):
     result = {"loss": true.mean().item(), "caption_accuracy": right.float().mean().item()}
     result |= {f"loss{k}": loss for k, loss in enumerate(true.mean(0).tolist())}
     if pairs.any():
-        result |= {"held_out_pairs": right[pairs].float().mean().item(), "seen": right[~pairs].float().mean().item()}
+        result["held_out_pairs"] = right[pairs].float().mean().item()
+        result["seen"] = right[~pairs].float().mean().item()
     return result
 
 
@@ -151,14 +155,20 @@ def listen(lm, codec, tokenizer, data, device, guidance, folder, say, each=4):
     waves = []
     for i in range(0, len(prompts), 20):
         seeds = range(i, i + len(text[i : i + 20]))
-        waves.append(codec.decode(lm.generate(text[i : i + 20], lm.cfg.frames, seeds=seeds, guidance=guidance)))
+        codes = lm.generate(text[i : i + 20], lm.cfg.frames, seeds=seeds, guidance=guidance)
+        waves.append(codec.decode(codes))
     waves = torch.cat(waves)
     os.makedirs(folder, exist_ok=True)
     for i, (wave, prompt) in enumerate(zip(waves, prompts)):
         name = "".join(c if c.isalnum() else "_" for c in prompt)[:60]
-        soundfile.write(os.path.join(folder, f"{i:03d}_{name}.wav"), wave.clamp(-1, 1).cpu().numpy(), D.SAMPLE_RATE)
-    rows = {"real, training": (train_z, train_captions), "real, held out": (real_z, captions),
-            "codec resynthesis": (embed(codec, decoded), captions), f"generated at {guidance:g}": (embed(codec, waves), prompts)}
+        path = os.path.join(folder, f"{i:03d}_{name}.wav")
+        soundfile.write(path, wave.clamp(-1, 1).cpu().numpy(), D.SAMPLE_RATE)
+    rows = {
+        "real, training": (train_z, train_captions),
+        "real, held out": (real_z, captions),
+        "codec resynthesis": (embed(codec, decoded), captions),
+        f"generated at {guidance:g}": (embed(codec, waves), prompts),
+    }
     centres = ClassCentres(train_z, train_captions) if judged else None
     say(f"{'':24}{'Fréchet distance':>18}{'nearest class':>15}")
     for name, (z, names) in rows.items():
@@ -170,7 +180,7 @@ def as_text(measures):
     return "held out: " + ", ".join(f"{name} {value:.3f}" for name, value in measures.items())
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Training
 
 
@@ -182,7 +192,7 @@ def lr_factor(step, steps, warmup):
 
 
 def make_optimizer(lm, lr, cuda, shard):
-    """AdamW; matrices decay, gains and biases do not. Sharded, each process keeps the state of its part only."""
+    """AdamW; matrices decay, gains and biases do not. Sharded, a process keeps the state of its part only."""
     parameters = [p for p in lm.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.1},
@@ -190,6 +200,8 @@ def make_optimizer(lm, lr, cuda, shard):
     ]
     options = {"lr": lr, "betas": (0.9, 0.95), "fused": cuda}
     if shard:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import, and rarely needed
+
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
     return torch.optim.AdamW(groups, **options)
 
@@ -206,9 +218,11 @@ def main():
     args.size = args.size or ("base" if cuda else "tiny")
     recipe = RECIPES[args.size]
     steps, batch = args.steps or recipe["steps"], args.batch or recipe["batch"]
-    micro = min(args.micro or recipe["micro"], max(1, batch // world))
-    accumulate = max(1, batch // (world * micro))
-    path, resume_path = os.path.join(args.out, "lm.pt"), os.path.join(args.out, "lm_train.pt")
+    if batch % world:
+        raise ValueError(f"--batch {batch}: cannot be shared by {world} processes, type a multiple of that")
+    micro = min(args.micro or recipe["micro"], batch // world)
+    accumulate = -(-batch // (world * micro))  # rounded up
+    path, resume_path, wavs = (os.path.join(args.out, name) for name in ("lm.pt", "lm_train.pt", "lm_wavs"))
     say = tqdm.write if first else lambda *_: None
     if first:
         lock = D.lock_folder(args.out)  # noqa: F841 (held until the process ends)
@@ -231,22 +245,22 @@ def main():
         lm = AudioLM.load(path, device, codec.hash())
         tokenizer = D.Tokenizer(lm.tokenizer)
         say(as_text(measure(lm, tokenizer, held_out, device)))
-        return listen(lm, codec, tokenizer, data, device, args.guidance, os.path.join(args.out, "lm_wavs"), say)
+        return listen(lm, codec, tokenizer, data, device, args.guidance, wavs, say)
 
     torch.manual_seed(args.seed)
     tokenizer = D.Tokenizer.train(data.captions("train"), recipe["vocab"])
-    config = LMConfig(streams, args.size, vocab=tokenizer.vocab_size, frames=codes.shape[2], dropout=recipe["dropout"])
+    config = LMConfig(streams, args.size, tokenizer.vocab_size, dropout=recipe["dropout"])
     lm = AudioLM(config).to(device).train()
     lm.tokenizer, lm.codec_hash = tokenizer.to_tensor(), codec.hash()
     average = copy.deepcopy(lm).eval().requires_grad_(False)
     optimizer = make_optimizer(lm, recipe["lr"], cuda, shard=world > 1 and args.size == "large")
-    start = 0
+    state, start = {"lm": lm, "average": average, "optimizer": optimizer}, 0
     if args.resume:
         saved = load_checkpoint(resume_path, "nanoaudiogen lm training")
         if (saved["config"], saved["steps"], saved["codec_hash"]) != (vars(config), steps, lm.codec_hash):
             raise ValueError(f"{resume_path}: was started with other settings or another codec (--steps "
                              f"{saved['steps']}, {saved['config']}): repeat those, or leave out --resume")
-        for name, thing in {"lm": lm, "average": average, "optimizer": optimizer}.items():
+        for name, thing in state.items():
             thing.load_state_dict(saved[name])
         start = saved["step"]
         torch.set_rng_state(saved["rng"])
@@ -254,16 +268,15 @@ def main():
     model = torch.compile(lm, dynamic=False) if cuda else lm
     if world > 1:
         model = DistributedDataParallel(model, device_ids=[device.index] if cuda else None)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cuda)
 
     def save(step):
         if world > 1 and args.size == "large":
             optimizer.consolidate_state_dict(0)
         if first:
             D.save_atomic(average.checkpoint(), path)
-            D.save_atomic({"kind": "nanoaudiogen lm training", "config": vars(config), "steps": steps, "step": step,
-                           "codec_hash": lm.codec_hash, "rng": torch.get_rng_state(), "lm": lm.state_dict(),
-                           "average": average.state_dict(), "optimizer": optimizer.state_dict()}, resume_path)
+            training = {"kind": "nanoaudiogen lm training", "config": vars(config), "steps": steps}
+            training |= {"step": step, "codec_hash": lm.codec_hash, "rng": torch.get_rng_state()}
+            D.save_atomic(training | {k: thing.state_dict() for k, thing in state.items()}, resume_path)
 
     frames_per_step = world * accumulate * micro * config.frames
     say(f"language model {args.size}, {sum(p.numel() for p in lm.parameters()) / 1e6:.1f} M parameters, text "
@@ -286,7 +299,7 @@ def main():
             encoding += time.time() - began
             last = i == accumulate - 1
             with contextlib.nullcontext() if last or world == 1 else model.no_sync():  # sync gradients once
-                with autocast:
+                with D.autocast(device):
                     logits, loss = model(codes, text)
                 (loss / accumulate).backward()
             with torch.no_grad():
@@ -297,7 +310,7 @@ def main():
         optimizer.zero_grad()
         update_ema(average, lm, min(EMA, (1 + step) / (10 + step)))
 
-        done = step + 1
+        done, stopping = step + 1, stopper.asked(device)
         if done % log_every == 0 and first:
             elapsed = time.time() - clock
             speed = (done - clock_step) * frames_per_step / elapsed
@@ -306,17 +319,18 @@ def main():
             row = {"step": done, "loss": stream_losses.mean().item(), "grad_norm": grad_norm.item()}
             row |= {f"loss{k}": value for k, value in enumerate(stream_losses.tolist())}
             log.write([row])
-            say(f"{done} loss {row['loss']:.3f} | streams " + " ".join(f"{v:.2f}" for v in stream_losses.tolist())
-                + f" | grad {row['grad_norm']:.2f} | {speed:.0f} frames/s, codec {100 * share:.0f} % | MFU {mfu}")
+            each = " ".join(f"{v:.2f}" for v in stream_losses.tolist())
+            say(f"{done} loss {row['loss']:.3f} | streams {each} | grad {row['grad_norm']:.2f} | "
+                f"{speed:.0f} frames/s, codec {100 * share:.0f} % | MFU {mfu}")
         evaluating = done % eval_every == 0 or done == steps
-        if evaluating or stopper.signal:
+        if evaluating or stopping:
             save(done)
-        if stopper.signal:
+        if stopping:
             return say(f"{stopper.signal}: saved step {done} to {resume_path}; go on with --resume")
         if evaluating and first:
             say(as_text(measure(average, tokenizer, held_out, device)))
     if first:
-        listen(average, codec, tokenizer, data, device, args.guidance, os.path.join(args.out, "lm_wavs"), say)
+        listen(average, codec, tokenizer, data, device, args.guidance, wavs, say)
     say(f'language model saved to {path}; next: python sample.py --prompt "{captions[0] or "rain"}"')
 
 
