@@ -541,8 +541,9 @@ class Balancer(nn.Module):
             if dist.is_initialized():
                 dist.all_reduce(norm, op=dist.ReduceOp.SUM)
                 norm = norm / dist.get_world_size()
-            self.norm[i] = self.decay * self.norm[i] + (1 - self.decay) * norm
-            self.steps[i] += 1
+            if torch.isfinite(norm):  # one bad step must not poison the average for ever
+                self.norm[i] = self.decay * self.norm[i] + (1 - self.decay) * norm
+                self.steps[i] += 1
             average = self.norm[i] / (1 - self.decay ** self.steps[i])
             share = weights[name] / sum(weights[n] for n in active)
             gradient += self.total * share * g / torch.maximum(norms, average + 1e-12)

@@ -73,10 +73,9 @@ class SelfAttention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, dropout_p=dropout)
         else:
             place, mask = step
-            cache[0].index_copy_(2, place, k)
-            cache[1].index_copy_(2, place, v)
+            cache.index_copy_(3, place, torch.stack((k, v)).to(cache.dtype))
             seen = cache[:, :, :, : mask.shape[-1]]
-            y = F.scaled_dot_product_attention(q, seen[0], seen[1], attn_mask=mask)
+            y = F.scaled_dot_product_attention(q.to(cache.dtype), *seen, attn_mask=mask).to(x.dtype)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, d))
 
 
@@ -97,7 +96,7 @@ class CrossAttention(nn.Module):
         B, T, d = x.shape
         q = self.c_q(x).view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, T, d / H)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, keys[0], keys[1], dropout_p=dropout)
+        y = F.scaled_dot_product_attention(q.to(keys.dtype), *keys, dropout_p=dropout).to(x.dtype)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, d))
 
 
@@ -243,9 +242,12 @@ class AudioLM(nn.Module):
             width = max(text.shape[1], without.shape[1])
             text = torch.cat([F.pad(t, (0, width - t.shape[1])) for t in (text, without)])  # (2 B, N)
         u = self.text_encoder(text)
-        keys = [layer.cross.keys(u) for layer in self.blocks]
+        # One query at a time, a CPU's attention in bfloat16 takes six times as long as in float32.
+        kept = torch.float32 if u.device.type == "cpu" else u.dtype
+        keys = [layer.cross.keys(u).to(kept) for layer in self.blocks]
         cfg, places = self.cfg, u.shape[1] + self.cfg.frames
-        cache = u.new_zeros(cfg.layers, 2, len(u), cfg.heads, places, cfg.width // cfg.heads)
+        shape = (cfg.layers, 2, len(u), cfg.heads, places, cfg.width // cfg.heads)
+        cache = torch.zeros(shape, dtype=kept, device=u.device)
 
         history = text.new_zeros(B, self.cfg.streams, 0) if prefix is None else prefix
         made = 0

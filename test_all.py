@@ -1404,7 +1404,6 @@ def run(monkeypatch, tmp_path, request):
     """run(script, *args): main() with these flags, in an empty folder; signal handlers are put back."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sample, "fastest", lambda lm, device: lm)  # else a stopwatch picks the number format
 
     def call(script, *args):
         monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, args), "--device", "cpu"])

@@ -50,8 +50,8 @@ WEIGHTS = {"wave": 0.3, "mel": 1.0, "adversarial": 1.0, "feature": 1.0}  # share
 JUDGE_LR = 3e-4  # constant: the judge comes late, when the codec's own rate is falling
 COMMITMENT = 0.25  # stands outside the balancer: it does not pass through the output
 EMA = 0.999  # of the weights that are kept
-CLIP = 10.0  # on the norm of the gradient: cuts single explosions, the usual norm is far below
-MAX_BAD_STEPS = 10
+CLIP = 10.0  # on the norm of the gradient, which is 5 to 50 early on: there it is a normalisation
+MAX_BAD_STEPS = 10  # in a row, before giving up
 
 
 def get_args():
@@ -247,14 +247,13 @@ def main():
         average_gradients(parameters, world)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
 
-        if not torch.isfinite(grad_norm):
-            bad += 1
+        bad = 0 if torch.isfinite(grad_norm) else bad + 1
+        if bad == MAX_BAD_STEPS:
+            raise ValueError(f"{bad} steps in a row were not finite; {path} holds the last good one: "
+                             "lower lr in RECIPES and --resume")
+        if bad:
             say(f"step {step}: the gradient is not finite; step skipped ({bad} in a row)")
-            if bad == MAX_BAD_STEPS:
-                raise ValueError(f"{bad} steps in a row were not finite; {path} holds the last good one: "
-                                 "lower lr in RECIPES and --resume")
         else:
-            bad = 0
             optimizer.step()
             if "feature" in losses:
                 average_gradients(judge_parameters, world)
@@ -275,8 +274,9 @@ def main():
             books = " ".join(f"{p:.0f}" for p in effective)
             share = " ".join(f"{100 * u:.0f}" for u in used)
             judged = f" | D right {100 * accuracy:.0f} %" if "feature" in losses else ""
+            minutes = (steps - done) * batch * recipe["seconds"] / speed / 60
             say(f"{done} {terms} commit {commitment.item():.3f} | perplexity {books} | % used {share}{judged}"
-                f" | grad {grad_norm.item():.2f} | {speed:.1f} audio-s/s")
+                f" | grad {grad_norm.item():.2f} | {speed:.1f} audio-s/s, {minutes:.0f} min left")
             for sentence in health(effective, config.codes, accuracy, grad_norm):
                 if done - warned.get(sentence[:12], -steps) >= eval_every:
                     warned[sentence[:12]] = done

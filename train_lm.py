@@ -41,6 +41,7 @@ RECIPES = {
 SECONDS = 5  # of every training example
 CAPTION_DROPOUT = 0.1  # captions ignored in training, so that guidance has something to lean away from
 EMA = 0.999  # of the weights that are kept; quicker while the run is young
+MAX_BAD_STEPS = 10  # in a row, before giving up
 COOLDOWN = 0.3  # share of the run at whose end the learning rate falls to zero
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
@@ -284,7 +285,7 @@ def main():
         f"({frames_per_step} frames) on {device}; {100 * args.mix:.0f} % of them mixed")
     peak = next((v for k, v in PEAK_FLOPS.items() if cuda and k in torch.cuda.get_device_name(device)), None)
     log_every, eval_every = max(1, steps // 100), max(50, steps // 5)
-    stopper, encoding, clock, clock_step = D.Stopper(), 0.0, time.time(), start
+    stopper, bad, encoding, clock, clock_step = D.Stopper(), 0, 0.0, time.time(), start
     for step in tqdm(range(start, steps), initial=start, total=steps, disable=not first, smoothing=0.05):
         for group in optimizer.param_groups:
             group["lr"] = recipe["lr"] * lr_factor(step, steps, recipe["warmup"])
@@ -306,9 +307,16 @@ def main():
                 nll = F.cross_entropy(logits.float().permute(0, 3, 1, 2), codes, reduction="none")
                 stream_losses = stream_losses + nll.mean((0, 2)) / accumulate  # (K,)
         grad_norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
-        optimizer.step()
+        bad = 0 if torch.isfinite(grad_norm) else bad + 1
+        if bad == MAX_BAD_STEPS:
+            raise ValueError(f"{bad} steps in a row were not finite; {path} holds the last good one: "
+                             "lower lr in RECIPES and --resume")
+        if bad:
+            say(f"step {step}: the gradient is not finite; step skipped ({bad} in a row)")
+        else:
+            optimizer.step()
+            update_ema(average, lm, min(EMA, (1 + step) / (10 + step)))
         optimizer.zero_grad()
-        update_ema(average, lm, min(EMA, (1 + step) / (10 + step)))
 
         done, stopping = step + 1, stopper.asked(device)
         if done % log_every == 0 and first:
@@ -320,8 +328,9 @@ def main():
             row |= {f"loss{k}": value for k, value in enumerate(stream_losses.tolist())}
             log.write([row])
             each = " ".join(f"{v:.2f}" for v in stream_losses.tolist())
-            say(f"{done} loss {row['loss']:.3f} | streams {each} | grad {row['grad_norm']:.2f} | "
-                f"{speed:.0f} frames/s, codec {100 * share:.0f} % | MFU {mfu}")
+            minutes = (steps - done) * frames_per_step / speed / 60
+            say(f"{done} loss {row['loss']:.3f} | streams {each} | grad {row['grad_norm']:.2f} | {speed:.0f} "
+                f"frames/s, codec {100 * share:.0f} % | MFU {mfu} | {minutes:.0f} min left")
         evaluating = done % eval_every == 0 or done == steps
         if evaluating or stopping:
             save(done)
