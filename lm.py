@@ -8,8 +8,9 @@ Trained by `train_lm.py`; this file needs PyTorch alone and can be copied into a
 - The K codes of a frame are embedded by K tables, whose mean is one vector; K heads predict the codes of the
   next frame independently of each other.
 - Text reaches the sound twice, as in the paper: as a prefix of the sequence and through cross-attention.
-- Padding is a word like any other: every text is brought to exactly `window` tokens. So no mask is needed,
-  the fused causal kernel always applies, and the empty caption (for guidance) is a text too.
+- Every text is brought to exactly `window` places. The text encoder looks at words only, but writes to all
+  places, so that each u says something. The decoder then needs no mask and always runs the fused kernel, and
+  the empty caption (for guidance) is a text too.
 - Frame j is predicted from a learnt start vector and the frames before j.
 
 Letters: B batch, N text tokens, K streams, F frames, V codes per book, d width, H heads, S cache places.
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 SIZES = {  # decoder layers, heads, width, text encoder layers; parameters at K = 4, vocabulary 8000
-    "tiny": (6, 4, 256, 2),  # 11 M (9 M with a small vocabulary), for a CPU
+    "tiny": (4, 4, 256, 2),  # 9 M (7 M with a small vocabulary), for a CPU
     "base": (24, 12, 768, 7),  # 285 M, as the paper's base
     "large": (36, 20, 1280, 3),  # 1 B, as the paper's large
 }
@@ -39,6 +40,7 @@ class LMConfig:
     window: int = 64  # text tokens per caption
     frames: int = 0  # audio frames per training example; 0 means five seconds
     dropout: float = 0.0
+    forget: float = 0.0  # share of the past frames that training hides
 
     def __post_init__(self):
         if self.streams not in (1, 2, 4, 8):
@@ -61,19 +63,18 @@ class SelfAttention(nn.Module):
         self.c_attn = nn.Linear(cfg.width, 3 * cfg.width)
         self.c_proj = nn.Linear(cfg.width, cfg.width)
 
-    def forward(self, x, cache=None, step=None):
+    def forward(self, x, cache=None, step=None, mask=None):
         """x (B, T, d). With a cache (2, B, H, S, d / H), keys and values are kept; `step` is then None for
-        the first T places at once, or for a single one (place, mask): where it stands and what it may see."""
+        the first T places at once, or for a single one its place (1,), and `mask` says what it may see."""
         B, T, d = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, d / H) each
         dropout = self.dropout if self.training else 0.0
         if step is None:
             if cache is not None:
                 cache[:, :, :, :T] = torch.stack((k, v))
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, dropout_p=dropout)
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal, dropout_p=dropout)
         else:
-            place, mask = step
-            cache.index_copy_(3, place, torch.stack((k, v)).to(cache.dtype))
+            cache.index_copy_(3, step, torch.stack((k, v)).to(cache.dtype))
             seen = cache[:, :, :, : mask.shape[-1]]
             y = F.scaled_dot_product_attention(q.to(cache.dtype), *seen, attn_mask=mask).to(x.dtype)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, d))
@@ -117,8 +118,8 @@ class TextBlock(nn.Module):
         self.ln_2, self.mlp = nn.LayerNorm(cfg.width), MLP(cfg)
         self.drop = nn.Dropout(cfg.dropout)
 
-    def forward(self, x):
-        x = x + self.drop(self.attn(self.ln_1(x)))
+    def forward(self, x, mask):
+        x = x + self.drop(self.attn(self.ln_1(x), mask=mask))
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
@@ -132,8 +133,8 @@ class Block(nn.Module):
         self.ln_3, self.mlp = nn.LayerNorm(cfg.width), MLP(cfg)
         self.drop = nn.Dropout(cfg.dropout)
 
-    def forward(self, x, keys, cache=None, step=None):
-        x = x + self.drop(self.attn(self.ln_1(x), cache, step))
+    def forward(self, x, keys, cache=None, step=None, mask=None):
+        x = x + self.drop(self.attn(self.ln_1(x), cache, step, mask))
         x = x + self.drop(self.cross(self.ln_2(x), keys))
         return x + self.drop(self.mlp(self.ln_3(x)))
 
@@ -155,8 +156,10 @@ class TextEncoder(nn.Module):
             raise ValueError(f"the text has {text.shape[1]} tokens of at most {self.window}: use fewer words")
         text = F.pad(text, (0, self.window - text.shape[1]))
         x = self.drop(self.wte(text) + self.wpe.weight)  # (B, window, d)
+        words = text != 0
+        words[:, 0] = True  # of an empty text the padding itself is read
         for block in self.blocks:
-            x = block(x)
+            x = block(x, words[:, None, None])
         return self.ln_f(x)
 
 
@@ -212,9 +215,16 @@ class AudioLM(nn.Module):
         return self.to_logits(x[:, u.shape[1] :])
 
     def inputs(self, codes):
-        """The start vector and the given frames, at their positions: (B, 1 + F, d)."""
+        """The start vector and the given frames, at their positions: (B, 1 + F, d).
+
+        Sound tells so much about what follows it that words would hardly be listened to after the first
+        frames: training hides some of the past."""
+        frames = self.embed(codes)
+        if self.training and self.cfg.forget:
+            kept = torch.rand(frames.shape[:2], device=frames.device) >= self.cfg.forget
+            frames = frames * kept[:, :, None]
         start = self.start.expand(len(codes), 1, -1)
-        return torch.cat((start, self.embed(codes)), 1) + self.wpe.weight[: 1 + codes.shape[2]]
+        return torch.cat((start, frames), 1) + self.wpe.weight[: 1 + codes.shape[2]]
 
     # ------------------------------------------------------------------------------------------------------
     # Sampling
@@ -284,7 +294,7 @@ class AudioLM(nn.Module):
         place = places[prefix + position :][:1]  # (1,), made on the device: nothing waits for a transfer
         mask = places <= place
         for layer, k, c in zip(self.blocks, keys, cache):
-            x = layer(x, k, c, (place, mask[None]))
+            x = layer(x, k, c, place, mask[None])
         return self.to_logits(x)[:, :, 0]
 
     # ------------------------------------------------------------------------------------------------------

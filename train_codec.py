@@ -203,10 +203,10 @@ def main():
             training |= {"step": step, "accuracy": accuracy, "rng": torch.get_rng_state()}
             D.save_atomic(training | {k: thing.state_dict() for k, thing in state.items()}, resume_path)
 
+    crop, judge_from = int(recipe["seconds"] * D.SAMPLE_RATE), int(recipe["d_from"] * steps)
     say(f"codec {args.size}, {config.streams} streams of {config.codes} codes, {config.kbps} kbit/s, "
         f"{sum(p.numel() for p in parameters) / 1e6:.1f} M parameters; {steps} steps of {batch} x "
-        f"{recipe['seconds']} s on {device}; discriminator from step {int(recipe['d_from'] * steps)}")
-    crop = int(recipe["seconds"] * D.SAMPLE_RATE)
+        f"{recipe['seconds']} s on {device}; discriminator from step {judge_from}")
     log_every, eval_every = max(1, steps // 100), max(100, steps // 10)
     stopper, bad, warned = D.Stopper(), 0, {}
     clock, clock_step = time.time(), start
@@ -221,7 +221,7 @@ def main():
             wave_hat, codes, commitment = step_codec(wave)
         losses = {"wave": (wave_hat - wave).abs().mean(), "mel": mel(wave, wave_hat)}
         weights = dict(WEIGHTS)
-        if step >= recipe["d_from"] * steps:
+        if step >= judge_from:
             # One forward of D serves both sides. It hears every clip at the same loudness (quiet ones would
             # be nothing to it), and what it says counts only as far as it does better than guessing: a
             # balancer gives a term its full share however meaningless it is.

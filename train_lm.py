@@ -30,14 +30,11 @@ from lm import AudioLM, LMConfig, load_checkpoint
 
 # Settled by comparison at equal minutes for `tiny` (see README); `base` and `large` are the paper's.
 RECIPES = {
-    "tiny": {"steps": 1000, "batch": 4, "micro": 4, "lr": 1e-3, "warmup": 100, "dropout": 0.1, "vocab": 512},
-    "base": {
-        "steps": 50000, "batch": 256, "micro": 16, "lr": 5e-4, "warmup": 3000, "dropout": 0, "vocab": 8000
-    },
-    "large": {
-        "steps": 50000, "batch": 256, "micro": 8, "lr": 5e-4, "warmup": 3000, "dropout": 0, "vocab": 8000
-    },
+    "tiny": {"steps": 1000, "batch": 4, "micro": 4, "lr": 1e-3, "warmup": 100, "vocab": 512},
+    "base": {"steps": 50000, "batch": 256, "micro": 16, "lr": 5e-4, "warmup": 3000, "vocab": 8000},
+    "large": {"steps": 50000, "batch": 256, "micro": 8, "lr": 5e-4, "warmup": 3000, "vocab": 8000},
 }
+REGULARIZERS = {"tiny": {"dropout": 0.1, "forget": 0.3}, "base": {}, "large": {}}  # see LMConfig
 SECONDS = 5  # of every training example
 CAPTION_DROPOUT = 0.1  # captions ignored in training, so that guidance has something to lean away from
 EMA = 0.999  # of the weights that are kept; quicker while the run is young
@@ -58,7 +55,7 @@ def get_args():
     add("--steps", type=D.positive, help="training steps (default: by size)")
     add("--batch", type=D.positive, help="clips per step, over all processes (default: by size)")
     add("--micro", type=D.positive, help="clips per forward pass and process; lower it when memory runs out")
-    add("--mix", type=float, default=0.5, help="share of examples that are a mix of two clips")
+    add("--mix", type=float, default=0.25, help="share of examples that are a mix of two clips")
     add("--guidance", type=float, default=3.0, help="of the sounds made for evaluation")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--seed", type=int, default=0)
@@ -250,7 +247,7 @@ def main():
 
     torch.manual_seed(args.seed)
     tokenizer = D.Tokenizer.train(data.captions("train"), recipe["vocab"])
-    config = LMConfig(streams, args.size, tokenizer.vocab_size, dropout=recipe["dropout"])
+    config = LMConfig(streams, args.size, tokenizer.vocab_size, **REGULARIZERS[args.size])
     lm = AudioLM(config).to(device).train()
     lm.tokenizer, lm.codec_hash = tokenizer.to_tensor(), codec.hash()
     average = copy.deepcopy(lm).eval().requires_grad_(False)
