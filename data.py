@@ -593,7 +593,8 @@ class AudioData:
         return [caption for k in self.order[split] for caption in self.words[k]]
 
 class Tokenizer:
-    """Words to ids: SentencePiece, unigram, lower case, bytes for what it has never seen. 0 is padding."""
+    """Words to ids: SentencePiece BPE (its unigrams never grow to whole words on a few captions), lower case,
+    bytes for what it has never seen. 0 is padding."""
     def __init__(self, model: bytes | torch.Tensor):
         """model: what `train` made, or the uint8 tensor of `to_tensor`. ValueError if it is damaged."""
         self.model = bytes(model.tolist()) if isinstance(model, torch.Tensor) else model
@@ -608,7 +609,7 @@ class Tokenizer:
         """Learn about `vocab_size` pieces from captions: fewer if these are few, but always all 256 bytes."""
         lines, out = sorted({" ".join(caption.split())[:1000] for caption in captions}), io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=out, model_type="unigram", byte_fallback=True,
+            sentence_iterator=iter(lines), model_writer=out, model_type="bpe", byte_fallback=True,
             vocab_size=max(vocab_size, 300), hard_vocab_limit=False, normalization_rule_name="nmt_nfkc_cf",
             pad_id=0, unk_id=1, bos_id=2, eos_id=3, num_threads=1, minloglevel=2)
         return cls(zlib.crc32(out.getvalue()).to_bytes(4, "little") + out.getvalue())

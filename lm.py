@@ -40,7 +40,6 @@ class LMConfig:
     window: int = 64  # text tokens per caption
     frames: int = 0  # audio frames per training example; 0 means five seconds
     dropout: float = 0.0
-    forget: float = 0.0  # share of the past frames that training hides
 
     def __post_init__(self):
         if self.streams not in (1, 2, 4, 8):
@@ -215,16 +214,9 @@ class AudioLM(nn.Module):
         return self.to_logits(x[:, u.shape[1] :])
 
     def inputs(self, codes):
-        """The start vector and the given frames, at their positions: (B, 1 + F, d).
-
-        Sound tells so much about what follows it that words would hardly be listened to after the first
-        frames: training hides some of the past."""
-        frames = self.embed(codes)
-        if self.training and self.cfg.forget:
-            kept = torch.rand(frames.shape[:2], device=frames.device) >= self.cfg.forget
-            frames = frames * kept[:, :, None]
+        """The start vector and the given frames, at their positions: (B, 1 + F, d)."""
         start = self.start.expand(len(codes), 1, -1)
-        return torch.cat((start, frames), 1) + self.wpe.weight[: 1 + codes.shape[2]]
+        return torch.cat((start, self.embed(codes)), 1) + self.wpe.weight[: 1 + codes.shape[2]]
 
     # ------------------------------------------------------------------------------------------------------
     # Sampling

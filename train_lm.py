@@ -34,7 +34,7 @@ RECIPES = {
     "base": {"steps": 50000, "batch": 256, "micro": 16, "lr": 5e-4, "warmup": 3000, "vocab": 8000},
     "large": {"steps": 50000, "batch": 256, "micro": 8, "lr": 5e-4, "warmup": 3000, "vocab": 8000},
 }
-REGULARIZERS = {"tiny": {"dropout": 0.1, "forget": 0.3}, "base": {}, "large": {}}  # see LMConfig
+DROPOUT = {"tiny": 0.1, "base": 0.0, "large": 0.0}
 SECONDS = 5  # of every training example
 CAPTION_DROPOUT = 0.1  # captions ignored in training, so that guidance has something to lean away from
 EMA = 0.999  # of the weights that are kept; quicker while the run is young
@@ -247,7 +247,7 @@ def main():
 
     torch.manual_seed(args.seed)
     tokenizer = D.Tokenizer.train(data.captions("train"), recipe["vocab"])
-    config = LMConfig(streams, args.size, tokenizer.vocab_size, **REGULARIZERS[args.size])
+    config = LMConfig(streams, args.size, tokenizer.vocab_size, dropout=DROPOUT[args.size])
     lm = AudioLM(config).to(device).train()
     lm.tokenizer, lm.codec_hash = tokenizer.to_tensor(), codec.hash()
     average = copy.deepcopy(lm).eval().requires_grad_(False)
