@@ -46,7 +46,7 @@ class LMConfig:
             raise ValueError(f"streams is {self.streams}, but must be one of 1, 2, 4, 8: type --streams 4")
         if self.size not in SIZES:
             raise ValueError(f"model size {self.size!r} is unknown: type --size " + " or ".join(SIZES))
-        self.frames = self.frames or 2500 // self.streams
+        self.frames = self.frames or -(-2500 // self.streams)  # rounded up, as the codec does
         self.layers, self.heads, self.width, self.text_layers = SIZES[self.size]
 
     @property
