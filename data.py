@@ -23,6 +23,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import make_dataclass
@@ -445,7 +446,7 @@ def prepare(source: str, folder: str, seed: int = 0, log: Callable = print) -> S
             with contextlib.suppress(OSError):
                 lock_folder(stale).close()
                 shutil.rmtree(stale)
-        part = f"{final}.part-{os.getpid()}"
+        part, began = f"{final}.part-{os.getpid()}", time.time()
         try:
             with lock_folder(part), open(f"{part}/audio.i16", "wb") as audio:
                 index = decode_all(entries, audio, source, seed)
@@ -453,6 +454,12 @@ def prepare(source: str, folder: str, seed: int = 0, log: Callable = print) -> S
                 json.dump(index, file)
             if not os.path.exists(final):  # else another process was faster
                 os.rename(part, final)
+            with contextlib.suppress(ImportError):  # not on Windows
+                import resource
+
+                unit = 1e6 if sys.platform == "darwin" else 1e3
+                most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+                log(f"{source}: prepared in {time.time() - began:.0f} s, {most:.0f} MB of memory at most")
         except OSError as error:
             raise OSError(f"{folder}: {error.strerror or error}; make space or use another --out") from None
         finally:

@@ -30,7 +30,7 @@ from lm import AudioLM, LMConfig, load_checkpoint
 
 # Settled by comparison at equal minutes for `tiny` (see README); `base` and `large` are the paper's.
 RECIPES = {
-    "tiny": {"steps": 700, "batch": 4, "micro": 4, "lr": 2e-3, "warmup": 100, "vocab": 512},
+    "tiny": {"steps": 450, "batch": 4, "micro": 4, "lr": 2e-3, "warmup": 100, "vocab": 512},
     "base": {"steps": 50000, "batch": 256, "micro": 16, "lr": 5e-4, "warmup": 3000, "vocab": 8000},
     "large": {"steps": 50000, "batch": 256, "micro": 8, "lr": 5e-4, "warmup": 3000, "vocab": 8000},
 }
@@ -286,8 +286,8 @@ def main():
     for step in tqdm(range(start, steps), initial=start, total=steps, disable=not first, smoothing=0.05):
         for group in optimizer.param_groups:
             group["lr"] = recipe["lr"] * lr_factor(step, steps, recipe["warmup"])
-        # Words say most about how a sound begins: later the sound itself does. So most examples are beginnings:
-        # a step takes clips of 5 s, or twice as many of half, or four times as many of a quarter of that.
+        # Words say most about how a sound begins, later the sound itself does. So most examples are short: a
+        # step takes clips of 5 s, or twice as many of half, or four times as many of a quarter of that.
         parts = 2 ** int(np.random.default_rng((args.seed, step)).integers(3))
         stream_losses = 0.0
         for i in range(accumulate):
