@@ -92,7 +92,8 @@ def frechet(x, y):
     values, vectors = torch.linalg.eigh(A)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # A^(1/2)
     cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()
-    return float((x.mean(0) - y.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross)
+    distance = (x.mean(0) - y.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross
+    return max(0.0, float(distance))  # rounding can put it below
 
 
 @torch.no_grad()
