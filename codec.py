@@ -520,8 +520,8 @@ class Balancer(nn.Module):
     g_i is the gradient of loss i at a clip's output, ||.|| its norm (times B: the clip's own, not its part in
     the batch's mean), <.> the mean over clips and a moving average over steps, corrected for its start. The
     maximum is ours: no clip pulls harder than the average one. A logarithm's slope is 1 / loudness, so that
-    the few nearly silent clips of a batch would else own its gradient (measured: log-spectrum distance .784
-    after 200 steps instead of .885 after 300). The averages are buffers: they belong in the checkpoint."""
+    the few nearly silent clips of a batch would else own its gradient. The averages are buffers: they belong
+    in the checkpoint."""
 
     def __init__(self, names, decay: float = 0.999, total: float = 1.0):
         super().__init__()
