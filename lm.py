@@ -303,8 +303,7 @@ class AudioLM(nn.Module):
 
     def checkpoint(self) -> dict:
         """What `load` reads; the scripts add what they need beside it."""
-        config = {k: getattr(self.cfg, k) for k in asdict(self.cfg)}
-        return {"kind": "nanoaudiogen lm", "config": config, "model": self.state_dict(),
+        return {"kind": "nanoaudiogen lm", "config": asdict(self.cfg), "model": self.state_dict(),
                 "tokenizer": self.tokenizer, "codec_hash": self.codec_hash}
 
     @staticmethod
