@@ -40,7 +40,7 @@ from codec import (
     si_snr,
 )
 
-# Settled by comparison at equal minutes (see README). `d_from` is the share of the run after which the
+# `tiny` was settled by short runs (see README); `paper` has not been run to its end. `d_from` is the share of the run after which the
 # discriminator enters and `d_filters` its width. It makes a step five times dearer: on a CPU's budget those
 # steps are better spent without it, so `tiny` never lets it in.
 RECIPES = {

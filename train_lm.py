@@ -28,7 +28,7 @@ import data as D
 from codec import Codec
 from lm import AudioLM, LMConfig, load_checkpoint
 
-# Settled by comparison at equal minutes for `tiny` (see README); `base` and `large` are the paper's.
+# `tiny` comes from a few short runs (see README); `base` and `large` follow the paper.
 RECIPES = {
     "tiny": {"steps": 450, "batch": 4, "micro": 4, "lr": 2e-3, "warmup": 100, "vocab": 512},
     "base": {"steps": 50000, "batch": 256, "micro": 16, "lr": 5e-4, "warmup": 3000, "vocab": 8000},
