@@ -749,6 +749,17 @@ class Stopper:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
 
+def count_bad(bad: int, grad_norm: torch.Tensor, step: int, path: str, say: Callable) -> int:
+    """How many steps in a row, this one included, had no finite gradient and are skipped; ten are enough."""
+    if torch.isfinite(grad_norm):
+        return 0
+    if bad + 1 == 10:
+        raise ValueError(f"{bad + 1} steps in a row were not finite; {path} holds the last good one: "
+                         "lower lr in RECIPES and --resume")
+    say(f"step {step}: the gradient is not finite; step skipped ({bad + 1} in a row)")
+    return bad + 1
+
+
 class Log:
     """A CSV with one row per logged step. A resumed run first drops the rows later than its checkpoint."""
     def __init__(self, path: str, from_step: int = 0):

@@ -40,9 +40,9 @@ from codec import (
     si_snr,
 )
 
-# `tiny` was settled by short runs (see README); `paper` has not been run to its end. `d_from` is the share of the run after which the
-# discriminator enters and `d_filters` its width. It makes a step five times dearer: on a CPU's budget those
-# steps are better spent without it, so `tiny` never lets it in.
+# `tiny` was settled by short runs (see README); `paper` has not been run to its end. `d_from` is the share of
+# the run after which the discriminator enters and `d_filters` its width. It makes a step five times dearer: on
+# a CPU's budget those steps are better spent without it, so `tiny` never lets it in.
 RECIPES = {
     "tiny": {"steps": 2000, "batch": 8, "seconds": 1.0, "lr": 7e-4, "d_from": 1.0, "d_filters": 8},
     "paper": {"steps": 20000, "batch": 64, "seconds": 1.0, "lr": 5e-4, "d_from": 0.5, "d_filters": 32},
@@ -52,7 +52,6 @@ JUDGE_LR = 3e-4  # constant: the judge comes late, when the codec's own rate is 
 COMMITMENT = 0.25  # stands outside the balancer: it does not pass through the output
 EMA = 0.999  # of the weights that are kept
 CLIP = 10.0  # on the norm of the gradient, which is 5 to 50 early on: there it is a normalisation
-MAX_BAD_STEPS = 10  # in a row, before giving up
 
 
 def get_args():
@@ -249,13 +248,8 @@ def main():
         average_gradients(parameters, world)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
 
-        bad = 0 if torch.isfinite(grad_norm) else bad + 1
-        if bad == MAX_BAD_STEPS:
-            raise ValueError(f"{bad} steps in a row were not finite; {path} holds the last good one: "
-                             "lower lr in RECIPES and --resume")
-        if bad:
-            say(f"step {step}: the gradient is not finite; step skipped ({bad} in a row)")
-        else:
+        bad = D.count_bad(bad, grad_norm, step, path, say)
+        if not bad:
             optimizer.step()
             if "feature" in losses:
                 average_gradients(judge_parameters, world)

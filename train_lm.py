@@ -38,7 +38,6 @@ DROPOUT = {"tiny": 0.1, "base": 0.0, "large": 0.0}
 SECONDS = 5  # of every training example
 CAPTION_DROPOUT = 0.1  # captions ignored in training, so that guidance has something to lean away from
 EMA = 0.999  # of the weights that are kept; quicker while the run is young
-MAX_BAD_STEPS = 10  # in a row, before giving up
 COOLDOWN = 0.3  # share of the run at whose end the learning rate falls to zero
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
@@ -308,13 +307,8 @@ def main():
                 nll = F.cross_entropy(logits.float().permute(0, 3, 1, 2), codes, reduction="none")
                 stream_losses = stream_losses + nll.mean((0, 2)) / accumulate  # (K,)
         grad_norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
-        bad = 0 if torch.isfinite(grad_norm) else bad + 1
-        if bad == MAX_BAD_STEPS:
-            raise ValueError(f"{bad} steps in a row were not finite; {path} holds the last good one: "
-                             "lower lr in RECIPES and --resume")
-        if bad:
-            say(f"step {step}: the gradient is not finite; step skipped ({bad} in a row)")
-        else:
+        bad = D.count_bad(bad, grad_norm, step, path, say)
+        if not bad:
             optimizer.step()
             update_ema(average, lm, min(EMA, (1 + step) / (10 + step)))
         optimizer.zero_grad()
