@@ -41,8 +41,8 @@ from codec import (
 )
 
 # `tiny` was settled by short runs (see README); `paper` has not been run to its end. `d_from` is the share of
-# the run after which the discriminator enters and `d_filters` its width. It makes a step five times dearer: on
-# a CPU's budget those steps are better spent without it, so `tiny` never lets it in.
+# the run after which the discriminator enters and `d_filters` its width. It makes a step five times dearer: a
+# CPU's budget is better spent without it, so `tiny` never lets it in.
 RECIPES = {
     "tiny": {"steps": 2000, "batch": 8, "seconds": 1.0, "lr": 7e-4, "d_from": 1.0, "d_filters": 8},
     "paper": {"steps": 20000, "batch": 64, "seconds": 1.0, "lr": 5e-4, "d_from": 0.5, "d_filters": 32},
