@@ -29,6 +29,7 @@ SAMPLE_RATE = 16000
 # The paper's multi-stream table: more streams, a lower frame rate and smaller books, about the same bit rate.
 STRIDES = {1: (2, 2, 2, 4), 2: (2, 2, 4, 4), 4: (2, 4, 4, 4), 8: (4, 4, 4, 4)}
 CHANNELS = {"tiny": 16, "paper": 32}
+LOUDNESS = 0.1  # the usual RMS of a clip; inside the networks it counts as 1
 
 
 @dataclass
@@ -138,7 +139,7 @@ class Encoder(nn.Module):
         self.out = nn.Sequential(nn.LayerNorm(c), nn.ELU(), Conv(c, cfg.dim, 7))
 
     def forward(self, x):
-        x = self.down(x)  # (B, F, 16 C)
+        x = self.down(x / LOUDNESS)  # (B, F, 16 C)
         x, _ = self.lstm(x)
         return self.out(x)  # (B, F, D)
 
@@ -159,7 +160,11 @@ class Decoder(nn.Module):
 
     def forward(self, z_q):
         x, _ = self.lstm(self.inp(z_q))  # (B, F, 16 C)
-        return self.up(x)  # (B, T, 1)
+        return self.to_wave(x)
+
+    def to_wave(self, x):
+        """What comes out of the LSTM (B, F, 16 C) to wave (B, F * hop, 1)."""
+        return LOUDNESS * self.up(x)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -201,10 +206,15 @@ class VectorQuantizer(nn.Module):
         return count, total
 
     def draw(self, x):
-        """V random vectors of the batch (V, D), the same in every process."""
-        drawn = x[torch.randint(len(x), self.count.shape, device=x.device)]
-        if dist.is_initialized():
-            dist.broadcast(drawn, 0)
+        """V random vectors (V, D) of the whole batch, of which each process holds a part."""
+        parts = dist.get_world_size() if dist.is_initialized() else 1
+        pick = torch.randint(parts * len(x), self.count.shape, device=x.device)
+        if parts == 1:
+            return x[pick]
+        dist.broadcast(pick, 0)
+        mine = pick // len(x) == dist.get_rank()
+        drawn = torch.where(mine[:, None], x[pick % len(x)], 0)
+        dist.all_reduce(drawn)
         return drawn
 
     def start(self, x, rounds: int = 10):
@@ -293,6 +303,11 @@ class Codec(nn.Module):
         self.encoder = Encoder(cfg)
         self.quantizer = ResidualVQ(cfg.streams, cfg.codes, cfg.dim)
         self.decoder = Decoder(cfg)
+        # Biases start at 0. PyTorch draws them at random, louder than most sounds: behind the norm all frames
+        # then look alike, the decoder learns to do without them, and one run in two stays there (see README).
+        for name, parameter in self.named_parameters():
+            if "bias" in name:
+                nn.init.zeros_(parameter)
 
     def latents(self, wave):
         """Wave (B, T) to z (B, F, D), F = ceil(T / hop): the end is padded with silence to a whole frame."""
@@ -342,7 +357,7 @@ class Codec(nn.Module):
                 continue
             ready = x.shape[1] - (0 if last else margin)
             if ready > x_past:
-                yield self.decoder.up(x)[:, x_past * hop : ready * hop, 0]
+                yield self.decoder.to_wave(x)[:, x_past * hop : ready * hop, 0]
                 x, x_past = x[:, max(ready - margin, 0) :], min(ready, margin)
 
     def hash(self) -> str:
@@ -400,14 +415,18 @@ def load_checkpoint(path, kind: str) -> dict:
 
 
 def mel_filters(n_fft: int, n_mels: int, rate: int = SAMPLE_RATE):
-    """Triangular filters, evenly spaced on the mel scale 2595 log10(1 + f / 700) up to rate / 2.
+    """Triangular filters, centres evenly spaced on the mel scale 2595 log10(1 + f / 700) from 0 to rate / 2.
 
-    Returns (n_fft // 2 + 1, M). Where a window has too few bins for 64 bands, some triangles fall between two
-    bins and would stay silent for ever; M is then the largest number of bands that each hear something."""
+    Returns (n_fft // 2 + 1, M). The outermost centres lie on the edges, so that the weights of every bin sum to
+    1. The usual bank, whose triangles end there, is deaf to 0 Hz and to rate / 2, where strided decoders leave
+    tones: it cost .02 of log-spectrum distance. Where a window has too few bins for 64 bands, some triangles
+    fall between two bins and would stay silent for ever; M is then the largest number of bands that each hear
+    something."""
     bins = torch.linspace(0, rate / 2, n_fft // 2 + 1, dtype=torch.float64)
     top = 2595 * math.log10(1 + rate / 2 / 700)
     while True:
-        edges = 700 * (10 ** (torch.linspace(0, top, n_mels + 2, dtype=torch.float64) / 2595) - 1)
+        mels = top * torch.arange(-1, n_mels + 1, dtype=torch.float64) / (n_mels - 1)
+        edges = 700 * (10 ** (mels / 2595) - 1)
         low, mid, high = edges[:-2], edges[1:-1], edges[2:]
         rising = (bins[:, None] - low) / (mid - low)
         falling = (high - bins[:, None]) / (high - mid)

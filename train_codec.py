@@ -73,11 +73,17 @@ def get_args():
 @torch.no_grad()
 def evaluate(codec, waves, mel):
     """Held-out measures over waves (n, T), means over clips; and the reconstructions (n, T)."""
-    codes, decoded = [], []
-    for wave in waves.split(8):
-        codes.append(codec.encode(wave))
-        decoded.append(codec.decode(codes[-1])[:, : wave.shape[1]])
-    codes, decoded = torch.cat(codes), torch.cat(decoded)
+
+    def clock():
+        if waves.is_cuda:
+            torch.cuda.synchronize()
+        return time.time()
+
+    start = clock()
+    codes = torch.cat([codec.encode(wave) for wave in waves.split(8)])
+    middle = clock()
+    decoded = torch.cat([codec.decode(part)[:, : waves.shape[1]] for part in codes.split(8)])
+    end = clock()
     effective, used = perplexity(codes, codec.cfg.codes)
     return {
         "kbps": codec.cfg.kbps,
@@ -86,6 +92,7 @@ def evaluate(codec, waves, mel):
         "log_spectrum": log_spectrum_distance(waves, decoded).mean().item(),
         "used": used,
         "perplexity": effective,
+        "speed": [waves.numel() / D.SAMPLE_RATE / seconds for seconds in (middle - start, end - middle)],
     }, decoded
 
 
@@ -94,7 +101,8 @@ def report(m) -> str:
     effective = " ".join(f"{p:.0f}" for p in m["perplexity"])
     return (
         f"held out: {m['kbps']:.1f} kbit/s, SI-SNR {m['si_snr']:.2f} dB, log-mel {m['log_mel']:.3f}, "
-        f"log-spectrum {m['log_spectrum']:.3f}, % of books used {used}, perplexity {effective}"
+        f"log-spectrum {m['log_spectrum']:.3f}, % of books used {used}, perplexity {effective}; "
+        "encodes {:.0f} and decodes {:.0f} times faster than it plays".format(*m["speed"])
     )
 
 
@@ -121,6 +129,14 @@ def average_gradients(parameters, world):
         dist.all_reduce(flat)
         for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
             p.grad.copy_(g.view_as(p) / world)
+
+
+def mean_over_processes(values: dict, world) -> dict:
+    """Scalars by name, as one process that holds the whole batch would see them."""
+    mean = torch.stack([value.detach() for value in values.values()])
+    if world > 1:
+        dist.all_reduce(mean)
+    return dict(zip(values, (mean / world).tolist()))
 
 
 def lr_factor(step, steps, warmup=100):
@@ -161,7 +177,7 @@ def main():
     if first:
         lock = D.lock_folder(args.out)  # noqa: F841 (held until the process ends)
 
-    # Data: random crops come straight from the memory map, a function of seed, step and rank alone.
+    # Data: random crops come straight from the memory map, a function of seed and step alone.
     data = D.first_then_all(lambda: D.AudioData(args.data, args.out, args.seed, log=say))
     held_out, _, _ = data.clips("val", 5 * D.SAMPLE_RATE, limit=80)
     held_out = held_out.to(device)
@@ -212,9 +228,8 @@ def main():
     stopper, bad, warned = D.Stopper(), 0, {}
     clock, clock_step = time.time(), start
     for step in tqdm(range(start, steps), initial=start, total=steps, disable=not first, smoothing=0.05):
-        rng = np.random.default_rng((args.seed, step, rank))
-        wave, _ = data.batch(batch // world, crop, rng)
-        wave = wave.to(device)
+        wave, _ = data.batch(batch, crop, np.random.default_rng((args.seed, step)))
+        wave = wave.chunk(world)[rank].to(device)
         for group in optimizer.param_groups:
             group["lr"] = recipe["lr"] * lr_factor(step, steps)
 
@@ -257,21 +272,23 @@ def main():
             update_ema(average, codec, min(EMA, (1 + step) / (10 + step)))
 
         done, stopping = step + 1, stopper.asked(device)
+        if done % log_every == 0:
+            means = mean_over_processes(losses | {"commitment": commitment}, world)
         if done % log_every == 0 and first:
             effective, used = perplexity(codes, config.codes)
             speed = (done - clock_step) * batch * recipe["seconds"] / (time.time() - clock)
             clock, clock_step = time.time(), done
-            row = {"step": done} | {name: losses[name].item() if name in losses else "" for name in WEIGHTS}
-            row |= {"commitment": commitment.item(), "accuracy": accuracy, "grad_norm": grad_norm.item()}
+            row = {"step": done} | {name: means.get(name, "") for name in (*WEIGHTS, "commitment")}
+            row |= {"accuracy": accuracy, "grad_norm": grad_norm.item()}
             row |= {f"perplexity{k}": p for k, p in enumerate(effective)}
             row |= {f"used{k}": u for k, u in enumerate(used)}
             log.write([row])
-            terms = " ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
+            terms = " ".join(f"{name} {mean:.3f}" for name, mean in means.items())
             books = " ".join(f"{p:.0f}" for p in effective)
             share = " ".join(f"{100 * u:.0f}" for u in used)
             judged = f" | D right {100 * accuracy:.0f} %" if "feature" in losses else ""
             minutes = (steps - done) * batch * recipe["seconds"] / speed / 60
-            say(f"{done} {terms} commit {commitment.item():.3f} | perplexity {books} | % used {share}{judged}"
+            say(f"{done} {terms} | perplexity {books} | % used {share}{judged}"
                 f" | grad {grad_norm.item():.2f} | {speed:.1f} audio-s/s, {minutes:.0f} min left")
             for sentence in health(effective, config.codes, accuracy, grad_norm):
                 if done - warned.get(sentence[:12], -steps) >= eval_every:
