@@ -417,11 +417,10 @@ def load_checkpoint(path, kind: str) -> dict:
 def mel_filters(n_fft: int, n_mels: int, rate: int = SAMPLE_RATE):
     """Triangular filters, centres evenly spaced on the mel scale 2595 log10(1 + f / 700) from 0 to rate / 2.
 
-    Returns (n_fft // 2 + 1, M). The outermost centres lie on the edges, so that the weights of every bin sum to
-    1. The usual bank, whose triangles end there, is deaf to 0 Hz and to rate / 2, where strided decoders leave
-    tones: it cost .02 of log-spectrum distance. Where a window has too few bins for 64 bands, some triangles
-    fall between two bins and would stay silent for ever; M is then the largest number of bands that each hear
-    something."""
+    Returns (n_fft // 2 + 1, M). The outermost centres lie on the edges, so that the weights of every bin sum
+    to 1: the usual bank is deaf to 0 Hz and to rate / 2, where strided decoders leave tones. Where a window
+    has too few bins for 64 bands, some triangles would fall between two bins and stay silent for ever; M is
+    then the largest number of bands that each hear something."""
     bins = torch.linspace(0, rate / 2, n_fft // 2 + 1, dtype=torch.float64)
     top = 2595 * math.log10(1 + rate / 2 / 700)
     while True:

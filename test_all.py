@@ -713,11 +713,11 @@ def learn(data, revive, started):
     for z in data:
         q(z)
     return torch.stack([book.embed for book in q.books])
-whole = learn(x, 0.0, True)
+whole = learn(x, 0.0, True), learn(x, 0.1, False)
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-half = learn(x[:, rank : rank + 1], 0.0, True)
-own = learn(x[:, rank : rank + 1], 0.1, False)
-torch.save((whole, half, own), sys.argv[3] + str(rank))
+x = x[:, rank : rank + 1]
+half = learn(x, 0.0, True), learn(x, 0.1, False)
+torch.save((whole, half), sys.argv[3] + str(rank))
 dist.destroy_process_group()
 """
 
@@ -728,10 +728,10 @@ def test_two_processes_learn_the_books_of_one(tmp_path):
     for run in runs:
         _, err = run.communicate(timeout=120)
         assert run.returncode == 0, err
-    (whole, half, own), (_, half2, own2) = (torch.load(str(tmp_path / "books") + rank) for rank in "01")
-    torch.testing.assert_close(half, whole, rtol=1e-4, atol=1e-5)  # each saw half, both learnt it all
-    assert torch.equal(half, half2)
-    assert torch.equal(own, own2)  # also through the k-means start and the revival of codes
+    (whole, half), (_, half2) = (torch.load(str(tmp_path / "books") + rank) for rank in "01")
+    for i in range(2):  # the second also through the k-means start and the revival of codes
+        torch.testing.assert_close(half[i], whole[i], rtol=1e-4, atol=1e-5)  # each saw half, both learnt all
+        assert torch.equal(half[i], half2[i])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1605,22 +1605,18 @@ def test_two_processes_train_the_codec_of_one(clips, tmp_path):
         f"train_codec.RECIPES['tiny'] |= {small}\ntrain_codec.main()\n",
     )
     args = ["--data", clips, "--size", "tiny", "--steps", 4, "--batch", 4, "--device", "cpu"]
-    rows, states = [], []
+    rows = []
     for processes in (1, 2):
         cwd = tmp_path / str(processes)
         cwd.mkdir()
         out, _ = finish(start(driver, *args, cwd=cwd, torchrun=processes > 1), timeout=150)
         assert out.count("codec saved to") == 1  # one process speaks
         rows.append(read_csv(cwd / "out" / "codec.csv"))
-        states.append(Codec.load(cwd / "out" / "codec.pt").state_dict())
     assert [row["step"] for row in rows[0]] == ["1", "2", "3", "4"] and float(rows[0][-1]["adversarial"]) > 0
     for one, two in zip(*rows):
         for name in ("wave", "mel", "adversarial", "feature", "commitment"):
             if one[name]:
                 assert float(two[name]) == pytest.approx(float(one[name]), rel=1e-2), (one["step"], name)
-    for name, one in states[0].items():
-        if name.endswith("embed"):
-            assert (states[1][name] - one).norm() <= 1e-2 * one.norm(), name
 
 
 # ----------------------------------------------------------------------------------------------------------
