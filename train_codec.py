@@ -44,7 +44,7 @@ from codec import (
 # the run after which the discriminator enters and `d_filters` its width. It makes a step five times dearer: a
 # CPU's budget is better spent without it, so `tiny` never lets it in.
 RECIPES = {
-    "tiny": {"steps": 2000, "batch": 8, "seconds": 1.0, "lr": 7e-4, "d_from": 1.0, "d_filters": 8},
+    "tiny": {"steps": 4000, "batch": 4, "seconds": 1.0, "lr": 7e-4, "d_from": 1.0, "d_filters": 8},
     "paper": {"steps": 20000, "batch": 64, "seconds": 1.0, "lr": 5e-4, "d_from": 0.5, "d_filters": 32},
 }
 WEIGHTS = {"wave": 0.3, "mel": 1.0, "adversarial": 1.0, "feature": 1.0}  # shares: see codec.Balancer
