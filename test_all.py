@@ -1574,6 +1574,17 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(script, run,
     assert read_csv(tmp_path / "whole" / f"{name}.csv") == read_csv(tmp_path / "halves" / f"{name}.csv")
 
 
+def test_one_clip_is_soon_learnt_and_its_books_are_used(run, tmp_path, monkeypatch, capsys):
+    """What the README tells people to try first on their own sounds, at a smaller budget."""
+    monkeypatch.setitem(train_codec.RECIPES, "tiny", train_codec.RECIPES["tiny"] | {"seconds": 0.25})
+    write_wav(tmp_path / "one" / "siren.wav", D.synth("siren", np.random.default_rng(0), 2.0))
+    write_text(tmp_path / "one" / "siren.txt", "a siren")
+    run(train_codec, "--data", tmp_path / "one", "--size", "tiny", "--steps", 80, "--batch", 4)
+    said = capsys.readouterr().out
+    assert float(re.search(r"SI-SNR (\S+) dB", said)[1]) > -12  # -45 where the codebooks collapse
+    assert float(read_csv(tmp_path / "out" / "codec.csv")[-1]["perplexity0"]) > 20
+
+
 def test_sigterm_to_the_process_saves_says_where_and_ends_well(clips, tmp_path):
     args = ["--data", clips, "--steps", 1000, "--batch", 2, "--device", "cpu"]
     run, line = start("train_codec.py", *args, cwd=tmp_path), ""

@@ -139,8 +139,9 @@ def mean_over_processes(values: dict, world) -> dict:
     return dict(zip(values, (mean / world).tolist()))
 
 
-def lr_factor(step, steps, warmup=100):
-    """Linear warm-up, then a cosine to zero."""
+def lr_factor(step, steps):
+    """Linear warm-up over 100 steps, or a tenth of a short run, and a cosine to zero."""
+    warmup = min(100, max(1, steps // 10))
     return min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
