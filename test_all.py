@@ -1623,6 +1623,8 @@ def test_two_processes_train_the_codec_of_one(clips, tmp_path):
         out, _ = finish(start(driver, *args, cwd=cwd, torchrun=processes > 1), timeout=150)
         assert out.count("codec saved to") == 1  # one process speaks
         rows.append(read_csv(cwd / "out" / "codec.csv"))
+        state = Codec.load(cwd / "out" / "codec.pt").state_dict()
+        assert all(tensor.isfinite().all() for tensor in state.values())
     assert [row["step"] for row in rows[0]] == ["1", "2", "3", "4"] and float(rows[0][-1]["adversarial"]) > 0
     for one, two in zip(*rows):
         for name in ("wave", "mel", "adversarial", "feature", "commitment"):
