@@ -304,7 +304,7 @@ class Codec(nn.Module):
         self.quantizer = ResidualVQ(cfg.streams, cfg.codes, cfg.dim)
         self.decoder = Decoder(cfg)
         # Biases start at 0. PyTorch draws them at random, louder than most sounds: behind the norm all frames
-        # then look alike, the decoder learns to do without them, and some runs are long in leaving that state.
+        # then look alike, the decoder learns to do without them, and some runs stay there for long.
         for name, parameter in self.named_parameters():
             if "bias" in name:
                 nn.init.zeros_(parameter)
