@@ -430,12 +430,12 @@ def make_world(n: int, seconds: float = 5.0, seed: int = 0) -> Iterator[tuple[np
 
 # ----------------------------------------------------------------------------------------------------------
 # Preparation: decode everything once into one file of int16 that training maps into memory, and an index.
-FORMAT = 2  # raise it when what is written changes, the sound world included, and everything is prepared anew
+FORMAT = 3  # raise it when what is written changes, the sound world included, and everything is prepared anew
 WORLD_CLIPS = 720  # an hour of 5 s clips: 600 to train on and 120 to validate on, 30 of these held-out pairs
 
 def prepare(source: str, folder: str, seed: int = 0, log: Callable = print) -> SimpleNamespace:
     """Decode `source` into `folder`, unless that was done and nothing changed since; report what it holds.
-    Returns `audio`, the samples of all clips in a row, and the length, name, captions and split of each."""
+    Returns `audio`, the samples of all clips in a row, and length, name, captions, split and peak of each."""
     entries = [] if source == "world" else read_entries(source, log)
     stats = [os.stat(entry.path) if os.path.exists(entry.path) else None for entry in entries]
     state = FORMAT, seed, entries, [stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]
@@ -487,14 +487,14 @@ def decode_all(entries: list[Entry], audio, source: str, seed: int) -> dict:
             if peak < SILENCE:
                 raise ValueError(f"{entry.path}: silent")
             name, length = os.path.relpath(entry.path, root), (audio.tell() - begin) // 2
-            clips.append((length, name, entry.captions, entry.split))
+            clips.append((length, name, entry.captions, entry.split, min(1, peak)))
         except (ValueError, FileNotFoundError) as error:  # a full disk is neither: it ends the loop
             skipped.append(str(error))
             audio.truncate(audio.seek(begin))
     n = len(clips)
     if n == 0:
         raise ValueError(f"{source}: none of its {total} sounds can be used; the first: {skipped[0]}")
-    index = dict(zip(("length", "names", "captions", "split"), map(list, zip(*clips))))
+    index = dict(zip(("length", "names", "captions", "split", "peak"), map(list, zip(*clips))))
     val = {i for i in range(n) if index["split"][i] == "val"}
     if len(val) in (0, n):  # the source does not say what validates: a tenth, drawn by name
         lot = [hashlib.sha256(ascii((seed, name)).encode()).digest() for name in index["names"]]
@@ -537,6 +537,7 @@ class AudioData:
         self.sounds = [x for part in parts for x in np.split(part.audio, np.cumsum(part.length)[:-1])]
         self.names = [name for part in parts for name in part.names]
         self.words = [captions for part in parts for captions in part.captions]
+        self.peaks = [peak for part in parts for peak in part.peak]
         self.order, self.chance = {}, {}
         for split in ("train", "val"):
             inside = [np.isin(part.split, (split, "both")) for part in parts]
@@ -555,23 +556,25 @@ class AudioData:
         wave = sound[free : free + length] if spare >= 0 else np.pad(sound, (free, -spare - free))
         return torch.from_numpy(wave.astype(np.float32)).div_(32767)
 
-    def draw(self, rng, split, length, but=-1) -> tuple[int, torch.Tensor, str]:
-        """A clip by weight and length, a crop, a caption: neither `but` nor silent, if it can be helped."""
+    def draw(self, rng, split, length, loud=0.0, but=-1) -> tuple[int, torch.Tensor, str]:
+        """A clip by weight and length, a crop, a caption: neither `but`, nor silent, nor below `loud` times
+        the clip's peak, if it can be helped."""
         for _ in range(20):
             k = np.searchsorted(self.chance[split][:-1], rng.random(), "right")  # the last takes what is left
             k = int(self.order[split][k])
             wave = self.read(k, length, rng)
-            if k != but and wave.abs().max() >= SILENCE:
+            if k != but and wave.abs().max() >= max(SILENCE, loud * self.peaks[k]):
                 break
         return k, wave, self.words[k][int(rng.integers(len(self.words[k])))]
 
-    def batch(self, n: int, length: int, rng, mix_share: float = 0.0, split: str = "train") -> tuple:
-        """(n, length) float32 random crops and their captions, a share of them mixed in pairs (section 4)."""
+    def batch(self, n: int, length: int, rng, mix_share: float = 0.0, loud: float = 0.0) -> tuple:
+        """(n, length) float32 random crops of training clips and their captions, a share of them mixed in
+        pairs (section 4). Crops reach `loud` times the peak of their clip."""
         waves, captions = [], []
         for _ in range(n):
-            k, wave, words = self.draw(rng, split, length)
+            k, wave, words = self.draw(rng, "train", length, loud)
             if rng.random() < mix_share:
-                other, second, more = self.draw(rng, split, length, but=k)
+                other, second, more = self.draw(rng, "train", length, loud, but=k)
                 if other != k:
                     offset = int(rng.integers(-(length // 2), length // 2 + 1))  # half overlaps at the least
                     wave, words = mix(wave, second, rng.uniform(-5, 5), offset), f"{words} and {more}"

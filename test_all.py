@@ -360,6 +360,14 @@ def test_silent_crops_are_drawn_again(tmp_path):
     assert waves.abs().amax(1).min() > D.SILENCE
 
 
+def test_crops_reach_a_share_of_the_peak_of_their_clip(tmp_path):
+    wave = np.concatenate([0.1 * hiss(2), hiss(1)])  # two crops in three are far quieter than the clip
+    data = D.AudioData([write_table(tmp_path, [("a.wav", wave, "rain")])], str(tmp_path), log=quiet)
+    for loud, seldom in ((0.0, False), (0.5, True)):
+        waves, _ = data.batch(50, 1000, np.random.default_rng(0), loud=loud)
+        assert ((waves.abs().amax(1) < 0.5 * np.abs(wave).max()).sum() < 5) == seldom
+
+
 def test_short_clips_are_padded_at_random_places(tmp_path):
     table = write_table(tmp_path, [("a.wav", sine(440, 0.1) + 0.1, "a")])
     data = D.AudioData([table], str(tmp_path), log=quiet)
@@ -1070,6 +1078,18 @@ def codes():
 
 
 TEXT = torch.tensor([[5, 6, 7, 0, 0], [8, 9, 0, 0, 0]])
+
+
+def test_codes_that_sound_alike_start_with_embeddings_and_heads_alike():
+    lm = AudioLM(LMConfig(2, "tiny", vocab=50, window=8, frames=24))
+    books = torch.randn(2, 1024, 16) * torch.tensor([2.0, 0.5])[:, None, None]
+    lm.start_from(books)
+    codes = torch.randint(1024, (1, 2, 50))
+    latents = books[0][codes[0, 0]] + books[1][codes[0, 1]]  # (50, 16)
+    alike = torch.corrcoef(torch.stack([torch.pdist(latents), torch.pdist(lm.embed(codes)[0])]))
+    heads = lm.heads.weight.view(2, 1024, -1)[1]
+    of_heads = torch.corrcoef(torch.stack([torch.pdist(books[1][:50]), torch.pdist(heads[:50])]))
+    assert alike[0, 1] > 0.9 and of_heads[0, 1] > 0.9
 
 
 def test_a_frame_depends_on_all_frames_before_it_and_on_no_other(lm, codes):

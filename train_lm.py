@@ -30,12 +30,13 @@ from lm import AudioLM, LMConfig, load_checkpoint
 
 # `tiny` comes from a few short runs (see README); `base` and `large` follow the paper.
 RECIPES = {
-    "tiny": {"steps": 450, "batch": 4, "micro": 4, "lr": 2e-3, "warmup": 100, "vocab": 512},
+    "tiny": {"steps": 900, "batch": 4, "micro": 4, "lr": 2e-3, "warmup": 100, "vocab": 512},
     "base": {"steps": 50000, "batch": 256, "micro": 16, "lr": 5e-4, "warmup": 3000, "vocab": 8000},
     "large": {"steps": 50000, "batch": 256, "micro": 8, "lr": 5e-4, "warmup": 3000, "vocab": 8000},
 }
 DROPOUT = {"tiny": 0.1, "base": 0.0, "large": 0.0}
 SECONDS = 5  # of every training example
+LOUD = 0.2  # a crop quieter than this share of its clip's peak lacks what the caption speaks of: draw again
 CAPTION_DROPOUT = 0.1  # captions ignored in training, so that guidance has something to lean away from
 EMA = 0.999  # of the weights that are kept; quicker while the run is young
 COOLDOWN = 0.3  # share of the run at whose end the learning rate falls to zero
@@ -55,7 +56,7 @@ def get_args():
     add("--batch", type=D.positive, help="clips per step, over all processes (default: by size)")
     add("--micro", type=D.positive, help="clips per forward pass and process; lower it when memory runs out")
     add("--mix", type=float, default=0.25, help="share of examples that are a mix of two clips")
-    add("--guidance", type=float, default=3.0, help="of the sounds made for evaluation")
+    add("--guidance", type=float, default=2.0, help="of the sounds made for evaluation")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--seed", type=int, default=0)
     add("--resume", action="store_true", help="go on from lm_train.pt in --out")
@@ -249,6 +250,7 @@ def main():
     tokenizer = D.Tokenizer.train(data.captions("train"), recipe["vocab"])
     config = LMConfig(streams, args.size, tokenizer.vocab_size, dropout=DROPOUT[args.size])
     lm = AudioLM(config).to(device).train()
+    lm.start_from(torch.stack([book.embed for book in codec.quantizer.books]))
     lm.tokenizer, lm.codec_hash = tokenizer.to_tensor(), codec.hash()
     average = copy.deepcopy(lm).eval().requires_grad_(False)
     optimizer = make_optimizer(lm, recipe["lr"], cuda, shard=world > 1 and args.size == "large")
@@ -293,7 +295,7 @@ def main():
         for i in range(accumulate):
             rng = np.random.default_rng((args.seed, step, rank, i))
             began = time.time()
-            wave, captions = data.batch(micro * parts, length // parts, rng, args.mix)
+            wave, captions = data.batch(micro * parts, length // parts, rng, args.mix, LOUD)
             codes = codec.encode(wave.to(device))  # (B, K, F)
             captions = ["" if rng.random() < CAPTION_DROPOUT else c for c in captions]
             text = tokenizer.batch(captions, config.window).to(device)
