@@ -533,21 +533,17 @@ class AudioData:
         seconds = [part.length.sum() / SAMPLE_RATE for part in parts]
         self.hours = sum(seconds) / 3600
         weights = [w or 1.0 for w in weights] if any(weights) else seconds
-        # All clips in one row and, per split, the cumulative chance of each: by weight, then by length.
+        # All clips in one row, those of each split, and the cumulative chance to be drawn for training: by
+        # weight, then by length.
         self.sounds = [x for part in parts for x in np.split(part.audio, np.cumsum(part.length)[:-1])]
         self.names = [name for part in parts for name in part.names]
         self.words = [captions for part in parts for captions in part.captions]
         self.peaks = [peak for part in parts for peak in part.peak]
-        self.order, self.chance = {}, {}
-        for split in ("train", "val"):
-            inside = [np.isin(part.split, (split, "both")) for part in parts]
-            sizes = [mask * part.length for mask, part in zip(inside, parts)]
-            chance = np.concatenate([w * size / size.sum() for w, size in zip(weights, sizes)])
-            self.order[split] = np.flatnonzero(np.concatenate(inside))
-            self.chance[split] = np.cumsum(chance[self.order[split]] / sum(weights))
-
-    def name(self, k: int) -> str:
-        return self.names[k]
+        splits = np.concatenate([part.split for part in parts])
+        self.order = {name: np.flatnonzero(np.isin(splits, (name, "both"))) for name in ("train", "val")}
+        sizes = [np.isin(part.split, ("train", "both")) * part.length for part in parts]
+        chance = np.concatenate([w * size / size.sum() for w, size in zip(weights, sizes)])
+        self.chance = np.cumsum(chance[self.order["train"]] / sum(weights))
 
     def read(self, k: int, length: int, rng: np.random.Generator | None = None) -> torch.Tensor:
         """(length,) float32 of clip k: its beginning, or a random crop, padded with zeros."""
@@ -556,12 +552,12 @@ class AudioData:
         wave = sound[free : free + length] if spare >= 0 else np.pad(sound, (free, -spare - free))
         return torch.from_numpy(wave.astype(np.float32)).div_(32767)
 
-    def draw(self, rng, split, length, loud=0.0, but=-1) -> tuple[int, torch.Tensor, str]:
-        """A clip by weight and length, a crop, a caption: neither `but`, nor silent, nor below `loud` times
-        the clip's peak, if it can be helped."""
+    def draw(self, rng, length, loud=0.0, but=-1) -> tuple[int, torch.Tensor, str]:
+        """A training clip by weight and length, a crop, a caption: neither `but`, nor silent, nor below `loud`
+        times the clip's peak, if it can be helped."""
         for _ in range(20):
-            k = np.searchsorted(self.chance[split][:-1], rng.random(), "right")  # the last takes what is left
-            k = int(self.order[split][k])
+            k = np.searchsorted(self.chance[:-1], rng.random(), "right")  # the last takes what is left
+            k = int(self.order["train"][k])
             wave = self.read(k, length, rng)
             if k != but and wave.abs().max() >= max(SILENCE, loud * self.peaks[k]):
                 break
@@ -572,9 +568,9 @@ class AudioData:
         pairs (section 4). Crops reach `loud` times the peak of their clip."""
         waves, captions = [], []
         for _ in range(n):
-            k, wave, words = self.draw(rng, "train", length, loud)
+            k, wave, words = self.draw(rng, length, loud)
             if rng.random() < mix_share:
-                other, second, more = self.draw(rng, "train", length, loud, but=k)
+                other, second, more = self.draw(rng, length, loud, but=k)
                 if other != k:
                     offset = int(rng.integers(-(length // 2), length // 2 + 1))  # half overlaps at the least
                     wave, words = mix(wave, second, rng.uniform(-5, 5), offset), f"{words} and {more}"
