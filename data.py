@@ -553,8 +553,8 @@ class AudioData:
         return torch.from_numpy(wave.astype(np.float32)).div_(32767)
 
     def draw(self, rng, length, loud=0.0, but=-1) -> tuple[int, torch.Tensor, str]:
-        """A training clip by weight and length, a crop, a caption: neither `but`, nor silent, nor below `loud`
-        times the clip's peak, if it can be helped."""
+        """A training clip by weight and length, a crop, a caption. If it can be helped, it is neither `but`,
+        nor silent, nor below `loud` times the clip's peak."""
         for _ in range(20):
             k = np.searchsorted(self.chance[:-1], rng.random(), "right")  # the last takes what is left
             k = int(self.order["train"][k])

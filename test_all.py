@@ -1406,7 +1406,7 @@ def test_logs_hold_one_row_for_each_logged_step_and_all_their_losses(made):
     assert rows[0]["adversarial"] == "" and float(rows[0]["perplexity3"]) > 0
     rows = read_csv(folder / "out" / "lm.csv")
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 4]
-    assert float(rows[0]["loss"]) == pytest.approx(math.log(512), rel=0.15)  # all that is known: frames are alike
+    assert float(rows[0]["loss"]) == pytest.approx(math.log(512), rel=0.15)  # hardly anything is known
 
 
 def test_a_sound_has_the_length_that_was_asked_for(made):
