@@ -468,7 +468,7 @@ def prepare(source: str, folder: str, seed: int = 0, log: Callable = print) -> S
         index = json.load(file)
     log("\n".join(index["report"]))
     index |= {key: np.array(index[key]) for key in ("length", "split")}
-    return SimpleNamespace(audio=np.asarray(np.memmap(f"{final}/audio.i16", np.int16, "r")), **index)
+    return SimpleNamespace(folder=final, audio=np.asarray(np.memmap(f"{final}/audio.i16", np.int16, "r")), **index)
 
 def decode_all(entries: list[Entry], audio, source: str, seed: int) -> dict:
     """Write every clip to the open file `audio`; return the index, with the report that `prepare` prints."""
@@ -531,7 +531,7 @@ class AudioData:
             weights.append(float(match[2]) if match else None)
             parts.append(prepare(match[1] if match else source, folder, seed, log))
         seconds = [part.length.sum() / SAMPLE_RATE for part in parts]
-        self.hours = sum(seconds) / 3600
+        self.key = hashlib.sha256(ascii([os.path.basename(part.folder) for part in parts]).encode()).hexdigest()[:12]
         weights = [w or 1.0 for w in weights] if any(weights) else seconds
         # All clips in one row, those of each split, and the cumulative chance to be drawn for training: by
         # weight, then by length.
@@ -545,32 +545,33 @@ class AudioData:
         chance = np.concatenate([w * size / size.sum() for w, size in zip(weights, sizes)])
         self.chance = np.cumsum(chance[self.order["train"]] / sum(weights))
 
-    def read(self, k: int, length: int, rng: np.random.Generator | None = None) -> torch.Tensor:
-        """(length,) float32 of clip k: its beginning, or a random crop, padded with zeros."""
-        sound, spare = self.sounds[k], len(self.sounds[k]) - length
-        free = int(rng.integers(abs(spare) + 1)) if rng else 0  # where the crop, or the clip, begins
-        wave = sound[free : free + length] if spare >= 0 else np.pad(sound, (free, -spare - free))
+    def read(self, k: int, length: int, begin: int = 0) -> torch.Tensor:
+        """(length,) float32 of clip k from sample `begin` on, which may lie before it: there are zeros then."""
+        sound, front = self.sounds[k][max(0, begin) : max(0, begin + length)], min(length, max(0, -begin))
+        wave = np.pad(sound, (front, length - front - len(sound)))
         return torch.from_numpy(wave.astype(np.float32)).div_(32767)
 
-    def draw(self, rng, length, loud=0.0, but=-1) -> tuple[int, torch.Tensor, str]:
-        """A training clip by weight and length, a crop, a caption. If it can be helped, it is neither `but`,
-        nor silent, nor below `loud` times the clip's peak."""
+    def draw(self, rng, length, loud=0.0, but=-1) -> tuple[int, int, torch.Tensor, str]:
+        """A training clip by weight and length, where a random crop of it begins, the crop, a caption. If it
+        can be helped, it is neither `but`, nor silent, nor below `loud` times the clip's peak."""
         for _ in range(20):
             k = np.searchsorted(self.chance[:-1], rng.random(), "right")  # the last takes what is left
             k = int(self.order["train"][k])
-            wave = self.read(k, length, rng)
+            spare = len(self.sounds[k]) - length
+            begin = int(np.sign(spare) * rng.integers(abs(spare) + 1))  # a short clip lies anywhere in the crop
+            wave = self.read(k, length, begin)
             if k != but and wave.abs().max() >= max(SILENCE, loud * self.peaks[k]):
                 break
-        return k, wave, self.words[k][int(rng.integers(len(self.words[k])))]
+        return k, begin, wave, self.words[k][int(rng.integers(len(self.words[k])))]
 
     def batch(self, n: int, length: int, rng, mix_share: float = 0.0, loud: float = 0.0) -> tuple:
         """(n, length) float32 random crops of training clips and their captions, a share of them mixed in
         pairs (section 4). Crops reach `loud` times the peak of their clip."""
         waves, captions = [], []
         for _ in range(n):
-            k, wave, words = self.draw(rng, length, loud)
+            k, _, wave, words = self.draw(rng, length, loud)
             if rng.random() < mix_share:
-                other, second, more = self.draw(rng, length, loud, but=k)
+                other, _, second, more = self.draw(rng, length, loud, but=k)
                 if other != k:
                     offset = int(rng.integers(-(length // 2), length // 2 + 1))  # half overlaps at the least
                     wave, words = mix(wave, second, rng.uniform(-5, 5), offset), f"{words} and {more}"

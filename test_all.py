@@ -1630,6 +1630,37 @@ def test_sigterm_to_the_process_saves_says_where_and_ends_well(clips, tmp_path):
     assert os.path.getsize(tmp_path / "out" / "codec_train.pt") > 0
 
 
+def test_finetuning_goes_on_from_trained_weights_and_leaves_a_pair_that_speaks(run, made, clips, small_recipes,
+                                                                               tmp_path, capsys):
+    run(train_lm, "--data", clips, "--out", "out", "--finetune", made[0] / "out", "--steps", 1, "--batch", 1)
+    old, new = (torch.load(folder / "out" / "lm.pt", weights_only=True) for folder in (made[0], tmp_path))
+    for name in ("tokenizer", "codec_hash", "config"):
+        assert str(new[name]) == str(old[name])
+    moved = [(new["model"][name] - old["model"][name]).abs().max().item() for name in old["model"]]
+    assert 0 < max(moved) <= 1.01 * train_lm.RECIPES["tiny"]["lr"]  # one step of Adam
+    run(sample, "--prompt", "rain", "--seconds", 0.1)
+    assert os.path.join("out", "codec.pt") in capsys.readouterr().out
+
+
+def test_without_mixing_all_codes_are_computed_once(run, made, clips, small_recipes, monkeypatch, tmp_path):
+    flags = ["--data", clips, "--codec", made[0] / "out" / "codec.pt", "--steps", 2, "--batch", 2, "--mix", 0]
+    run(train_lm, *flags, "--out", "out")
+    (name,) = [name for name in os.listdir("out") if name.startswith("codes-")]
+    before, codec = os.stat(os.path.join("out", name)), Codec.load(made[0] / "out" / "codec.pt")
+    assert codec.hash() in name
+    data = D.AudioData([str(clips)], "out", log=quiet)
+    cached = train_lm.CachedCodes(codec, data, "out", quiet)
+    rng, again = np.random.default_rng(5), np.random.default_rng(5)
+    codes, captions = cached.batch(6, 8000, rng, 0.2)  # half of each clip
+    assert codes.shape == (6, 4, 63)
+    for crop, caption in zip(codes, captions):
+        k, begin, _, words = data.draw(again, 8000, 0.2)
+        whole, first = codec.encode(data.read(k, 16000)[None])[0], min(begin // 128, 125 - 63)
+        assert torch.equal(crop, whole[:, first : first + 63]) and caption == words
+    run(train_lm, *flags, "--out", "out")
+    assert os.stat(os.path.join("out", name)).st_mtime_ns == before.st_mtime_ns
+
+
 def test_resuming_with_other_settings_is_refused(made, run, clips, capsys):
     for script in (train_codec, train_lm):
         with pytest.raises(SystemExit):

@@ -2,6 +2,7 @@
 
     python train_lm.py --streams 4                           the built-in sound world and the codec in --out
     python train_lm.py --data clips.csv more/:2              your own clips; `more/` is drawn twice as often
+    python train_lm.py --data mine/ --finetune pretrained    teach a trained model your own clips
     python train_lm.py --data clips.csv --resume             go on after an interruption
     python train_lm.py --data clips.csv --eval_only          measure the model in --out on the held-out clips
     torchrun --nproc_per_node=8 train_lm.py --size base ...  several GPUs (add --nnodes for several machines)
@@ -50,12 +51,13 @@ def get_args():
     add("--data", nargs="+", default=["world"], help="CSV, JSONL or folder, each with an optional :WEIGHT")
     add("--out", default="out", help="folder with codec.pt, for checkpoints, log and prepared data")
     add("--codec", help="codec checkpoint (default: codec.pt in --out)")
+    add("--finetune", metavar="FOLDER", help="start from lm.pt and codec.pt there instead of from nothing")
     add("--streams", type=int, help="must be the codec's (default: the codec's)")
     add("--size", choices=sorted(RECIPES), help="default: base with CUDA, tiny without")
     add("--steps", type=D.positive, help="training steps (default: by size)")
     add("--batch", type=D.positive, help="clips per step, over all processes (default: by size)")
     add("--micro", type=D.positive, help="clips per forward pass and process; lower it when memory runs out")
-    add("--mix", type=float, default=0.25, help="share of examples that are a mix of two clips")
+    add("--mix", type=float, default=0.25, help="share of examples that mix two clips; 0 is faster")
     add("--guidance", type=float, default=2.0, help="of the sounds made for evaluation")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--seed", type=int, default=0)
@@ -183,6 +185,35 @@ def as_text(measures):
 # Training
 
 
+class CachedCodes:
+    """Codes of every training clip, computed once and kept beside the data: where nothing is mixed, no step
+    has to wait for the codec. The file's name holds the hashes of codec and data."""
+
+    def __init__(self, codec, data, folder, say):
+        self.data, self.hop = data, codec.cfg.hop
+        path = os.path.join(folder, f"codes-{codec.hash()}-{data.key}.pt")
+        if os.path.exists(path):
+            self.codes = torch.load(path, weights_only=True)
+            return
+        device, self.codes = next(codec.parameters()).device, {}
+        for k in tqdm(data.order["train"].tolist(), "codes of all clips", unit="clip", disable=None):
+            wave = data.read(k, max(len(data.sounds[k]), SECONDS * D.SAMPLE_RATE))
+            pieces = [codec.encode(piece[None].to(device)) for piece in wave.split(60 * D.SAMPLE_RATE)]
+            self.codes[k] = torch.cat(pieces, 2)[0].short().cpu()  # (K, F)
+        D.save_atomic(self.codes, path)
+        say(f"codes of {len(self.codes)} clips are kept in {path}")
+
+    def batch(self, n, length, rng, loud):
+        """What `AudioData.batch` gives without mixing, as codes (n, K, F), and captions."""
+        codes, captions, frames = [], [], -(-length // self.hop)
+        for _ in range(n):
+            k, begin, _, words = self.data.draw(rng, length, loud)
+            first = min(max(0, begin) // self.hop, self.codes[k].shape[1] - frames)
+            codes.append(self.codes[k][:, first : first + frames])
+            captions.append(words)
+        return torch.stack(codes).long(), captions
+
+
 def lr_factor(step, steps, warmup):
     """Linear warm-up, inverse square root, and a linear cool-down to zero over the end of the run."""
     warmup = min(warmup, max(1, steps // 10))
@@ -214,24 +245,27 @@ def main():
     args = get_args()
     device, rank, world = D.start_processes(args.device)
     cuda, first = device.type == "cuda", rank == 0
-    args.size = args.size or ("base" if cuda else "tiny")
+    say = tqdm.write if first else lambda *_: None
+    path, resume_path, wavs = (os.path.join(args.out, name) for name in ("lm.pt", "lm_train.pt", "lm_wavs"))
+    if first:
+        lock = D.lock_folder(args.out)  # noqa: F841 (held until the process ends)
+
+    beside = os.path.join(args.out, "codec.pt")
+    codec_path = args.codec or (os.path.join(args.finetune, "codec.pt") if args.finetune else beside)
+    codec = Codec.load(codec_path, device)
+    streams = args.streams or codec.cfg.streams
+    if streams != codec.cfg.streams:
+        raise ValueError(f"--streams {streams}, but {codec_path} has {codec.cfg.streams}: "
+                         f"type python train_codec.py --streams {streams} first")
+    trained = AudioLM.load(os.path.join(args.finetune, "lm.pt"), device, codec.hash()) if args.finetune else None
+
+    args.size = trained.cfg.size if trained else args.size or ("base" if cuda else "tiny")
     recipe = RECIPES[args.size]
     steps, batch = args.steps or recipe["steps"], args.batch or recipe["batch"]
     if batch % world:
         raise ValueError(f"--batch {batch}: cannot be shared by {world} processes, type a multiple of that")
     micro = min(args.micro or recipe["micro"], batch // world)
     accumulate = -(-batch // (world * micro))  # rounded up
-    path, resume_path, wavs = (os.path.join(args.out, name) for name in ("lm.pt", "lm_train.pt", "lm_wavs"))
-    say = tqdm.write if first else lambda *_: None
-    if first:
-        lock = D.lock_folder(args.out)  # noqa: F841 (held until the process ends)
-
-    codec_path = args.codec or os.path.join(args.out, "codec.pt")
-    codec = Codec.load(codec_path, device)
-    streams = args.streams or codec.cfg.streams
-    if streams != codec.cfg.streams:
-        raise ValueError(f"--streams {streams}, but {codec_path} has {codec.cfg.streams}: "
-                         f"type python train_codec.py --streams {streams} first")
 
     # Data, and the held-out clips as codes: they do not change.
     data = D.first_then_all(lambda: D.AudioData(args.data, args.out, args.seed, log=say))
@@ -246,12 +280,18 @@ def main():
         say(as_text(measure(lm, tokenizer, held_out, device)))
         return listen(lm, codec, tokenizer, data, device, args.guidance, wavs, say)
 
+    if first and not os.path.exists(beside):
+        D.save_atomic(codec.checkpoint(), beside)  # sample.py looks for it where lm.pt is
+    cached = args.mix == 0 and D.first_then_all(lambda: CachedCodes(codec, data, args.out, say))
     torch.manual_seed(args.seed)
-    tokenizer = D.Tokenizer.train(data.captions("train"), recipe["vocab"])
-    config = LMConfig(streams, args.size, tokenizer.vocab_size, dropout=DROPOUT[args.size])
-    lm = AudioLM(config).to(device).train()
-    lm.start_from(torch.stack([book.embed for book in codec.quantizer.books]))
-    lm.tokenizer, lm.codec_hash = tokenizer.to_tensor(), codec.hash()
+    if trained:
+        lm, tokenizer = trained, D.Tokenizer(trained.tokenizer)
+    else:
+        tokenizer = D.Tokenizer.train(data.captions("train"), recipe["vocab"])
+        lm = AudioLM(LMConfig(streams, args.size, tokenizer.vocab_size, dropout=DROPOUT[args.size]))
+        lm.start_from(torch.stack([book.embed for book in codec.quantizer.books]).cpu())
+        lm.tokenizer, lm.codec_hash = tokenizer.to_tensor(), codec.hash()
+    config, lm = lm.cfg, lm.to(device).train()
     average = copy.deepcopy(lm).eval().requires_grad_(False)
     optimizer = make_optimizer(lm, recipe["lr"], cuda, shard=world > 1 and args.size == "large")
     state, start = {"lm": lm, "average": average, "optimizer": optimizer}, 0
@@ -291,12 +331,17 @@ def main():
         # Words say most about how a sound begins, later the sound itself does. So most examples are short: a
         # step takes clips of 5 s, or twice as many of half, or four times as many of a quarter of that.
         parts = 2 ** int(np.random.default_rng((args.seed, step)).integers(3))
-        stream_losses = 0.0
+        done, stream_losses = step + 1, 0.0
+        logging = done % log_every == 0
         for i in range(accumulate):
             rng = np.random.default_rng((args.seed, step, rank, i))
             began = time.time()
-            wave, captions = data.batch(micro * parts, length // parts, rng, args.mix, LOUD)
-            codes = codec.encode(wave.to(device))  # (B, K, F)
+            if cached:
+                codes, captions = cached.batch(micro * parts, length // parts, rng, LOUD)
+                codes = codes.to(device)  # (B, K, F)
+            else:
+                wave, captions = data.batch(micro * parts, length // parts, rng, args.mix, LOUD)
+                codes = codec.encode(wave.to(device))  # (B, K, F)
             captions = ["" if rng.random() < CAPTION_DROPOUT else c for c in captions]
             text = tokenizer.batch(captions, config.window).to(device)
             encoding += time.time() - began
@@ -305,8 +350,8 @@ def main():
                 with D.autocast(device):
                     logits, loss = model(codes, text)
                 (loss / accumulate).backward()
-            with torch.no_grad():
-                nll = F.cross_entropy(logits.float().permute(0, 3, 1, 2), codes, reduction="none")
+            if logging:
+                nll = F.cross_entropy(logits.detach().float().permute(0, 3, 1, 2), codes, reduction="none")
                 stream_losses = stream_losses + nll.mean((0, 2)) / accumulate  # (K,)
         grad_norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         bad = D.count_bad(bad, grad_norm, step, path, say)
@@ -315,8 +360,8 @@ def main():
             update_ema(average, lm, min(EMA, (1 + step) / (10 + step)))
         optimizer.zero_grad()
 
-        done, stopping = step + 1, stopper.asked(device)
-        if done % log_every == 0 and first:
+        stopping = stopper.asked(device)
+        if logging and first:
             elapsed = time.time() - clock
             speed = (done - clock_step) * frames_per_step / elapsed
             mfu = f"{100 * speed * lm.flops_per_frame() / world / peak:.1f} %" if peak else "n/a"
