@@ -468,7 +468,8 @@ def prepare(source: str, folder: str, seed: int = 0, log: Callable = print) -> S
         index = json.load(file)
     log("\n".join(index["report"]))
     index |= {key: np.array(index[key]) for key in ("length", "split")}
-    return SimpleNamespace(folder=final, audio=np.asarray(np.memmap(f"{final}/audio.i16", np.int16, "r")), **index)
+    audio = np.asarray(np.memmap(f"{final}/audio.i16", np.int16, "r"))
+    return SimpleNamespace(name=os.path.basename(final), audio=audio, **index)
 
 def decode_all(entries: list[Entry], audio, source: str, seed: int) -> dict:
     """Write every clip to the open file `audio`; return the index, with the report that `prepare` prints."""
@@ -531,7 +532,7 @@ class AudioData:
             weights.append(float(match[2]) if match else None)
             parts.append(prepare(match[1] if match else source, folder, seed, log))
         seconds = [part.length.sum() / SAMPLE_RATE for part in parts]
-        self.key = hashlib.sha256(ascii([os.path.basename(part.folder) for part in parts]).encode()).hexdigest()[:12]
+        self.key = hashlib.sha256(ascii([part.name for part in parts]).encode()).hexdigest()[:12]
         weights = [w or 1.0 for w in weights] if any(weights) else seconds
         # All clips in one row, those of each split, and the cumulative chance to be drawn for training: by
         # weight, then by length.
@@ -546,7 +547,7 @@ class AudioData:
         self.chance = np.cumsum(chance[self.order["train"]] / sum(weights))
 
     def read(self, k: int, length: int, begin: int = 0) -> torch.Tensor:
-        """(length,) float32 of clip k from sample `begin` on, which may lie before it: there are zeros then."""
+        """(length,) float32 of clip k from sample `begin` on; zeros lie before and after it."""
         sound, front = self.sounds[k][max(0, begin) : max(0, begin + length)], min(length, max(0, -begin))
         wave = np.pad(sound, (front, length - front - len(sound)))
         return torch.from_numpy(wave.astype(np.float32)).div_(32767)
@@ -558,7 +559,7 @@ class AudioData:
             k = np.searchsorted(self.chance[:-1], rng.random(), "right")  # the last takes what is left
             k = int(self.order["train"][k])
             spare = len(self.sounds[k]) - length
-            begin = int(np.sign(spare) * rng.integers(abs(spare) + 1))  # a short clip lies anywhere in the crop
+            begin = int(np.sign(spare) * rng.integers(abs(spare) + 1))  # a short clip lies anywhere in it
             wave = self.read(k, length, begin)
             if k != but and wave.abs().max() >= max(SILENCE, loud * self.peaks[k]):
                 break

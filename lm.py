@@ -206,28 +206,31 @@ class AudioLM(nn.Module):
         """(B, F, d) to (B, K, F, V)."""
         return self.heads(self.ln_f(x)).unflatten(2, (self.cfg.streams, -1)).transpose(1, 2)
 
-    def forward(self, codes, text):
+    def forward(self, codes, text, heard=None):
         """Codes (B, K, F), text ids (B, N) padded with 0 -> logits (B, K, F, V), loss (): the mean
-        cross-entropy over streams and audio frames; text is never predicted. F is at most `cfg.frames`."""
+        cross-entropy over streams and audio frames; text is never predicted. F is at most `cfg.frames`. Where
+        `heard` (B,) is 0 instead of 1, every frame has to be predicted from the words alone."""
         if codes.shape[2] > self.cfg.frames:
             raise ValueError(f"{codes.shape[2]} frames, the model reads {self.cfg.frames}: cut the clip")
         u = self.text_encoder(text)  # (B, N, d)
-        logits = self.predict(u, codes)
+        logits = self.predict(u, codes, heard)
         loss = F.cross_entropy(logits.flatten(0, 2).float(), codes.flatten())
         return logits, loss
 
-    def predict(self, u, codes):
+    def predict(self, u, codes, heard=None):
         """Logits (B, K, F, V) of every frame given the text u and the frames before it."""
-        x = self.drop(self.inputs(codes[:, :, :-1]))  # (B, F, d)
+        x = self.drop(self.inputs(codes[:, :, :-1], heard))  # (B, F, d)
         x = torch.cat((u, x), 1)  # (B, N + F, d)
         for block in self.blocks:
             x = block(x, block.cross.keys(u))
         return self.to_logits(x[:, u.shape[1] :])
 
-    def inputs(self, codes):
+    def inputs(self, codes, heard=None):
         """The start vector and the given frames, at their positions: (B, 1 + F, d)."""
-        start = self.start.expand(len(codes), 1, -1)
-        return torch.cat((start, self.embed(codes)), 1) + self.wpe.weight[: 1 + codes.shape[2]]
+        start, v = self.start.expand(len(codes), 1, -1), self.embed(codes)
+        if heard is not None:
+            v = v * heard[:, None, None]
+        return torch.cat((start, v), 1) + self.wpe.weight[: 1 + codes.shape[2]]
 
     # ------------------------------------------------------------------------------------------------------
     # Sampling

@@ -774,7 +774,7 @@ def test_mel_loss_is_its_formula_and_moves_the_estimate_only():
     y.requires_grad_()
     value = loss(x, y)
     a, b = loss.mel(x, 256), loss.mel(y, 256)
-    norm = (a.clamp(min=1e-5).log() - b.clamp(min=1e-5).log()).norm(dim=-1) / a.shape[-1] ** 0.5
+    norm = ((a + 1e-3).log() - (b + 1e-3).log()).norm(dim=-1) / a.shape[-1] ** 0.5
     torch.testing.assert_close(value, (a - b).abs().mean() + norm.mean())
     value.backward()
     assert x.grad is None and y.grad.abs().sum() > 0
@@ -1630,8 +1630,8 @@ def test_sigterm_to_the_process_saves_says_where_and_ends_well(clips, tmp_path):
     assert os.path.getsize(tmp_path / "out" / "codec_train.pt") > 0
 
 
-def test_finetuning_goes_on_from_trained_weights_and_leaves_a_pair_that_speaks(run, made, clips, small_recipes,
-                                                                               tmp_path, capsys):
+def test_finetuning_goes_on_from_trained_weights_and_its_sounds_can_be_sampled(
+        run, made, clips, small_recipes, tmp_path, capsys):
     run(train_lm, "--data", clips, "--out", "out", "--finetune", made[0] / "out", "--steps", 1, "--batch", 1)
     old, new = (torch.load(folder / "out" / "lm.pt", weights_only=True) for folder in (made[0], tmp_path))
     for name in ("tokenizer", "codec_hash", "config"):

@@ -35,10 +35,12 @@ RECIPES = {
     "base": {"steps": 50000, "batch": 256, "micro": 16, "lr": 5e-4, "warmup": 3000, "vocab": 8000},
     "large": {"steps": 50000, "batch": 256, "micro": 8, "lr": 5e-4, "warmup": 3000, "vocab": 8000},
 }
+WINDOW = {"tiny": 32, "base": 64, "large": 64}  # text tokens per caption: each costs as much as a frame
 DROPOUT = {"tiny": 0.1, "base": 0.0, "large": 0.0}
 SECONDS = 5  # of every training example
 LOUD = 0.2  # a crop quieter than this share of its clip's peak lacks what the caption speaks of: draw again
 CAPTION_DROPOUT = 0.1  # captions ignored in training, so that guidance has something to lean away from
+DEAF = 0.1  # clips whose past is not heard, so that words alone must tell what sounds: they are learnt sooner
 EMA = 0.999  # of the weights that are kept; quicker while the run is young
 COOLDOWN = 0.3  # share of the run at whose end the learning rate falls to zero
 
@@ -257,7 +259,9 @@ def main():
     if streams != codec.cfg.streams:
         raise ValueError(f"--streams {streams}, but {codec_path} has {codec.cfg.streams}: "
                          f"type python train_codec.py --streams {streams} first")
-    trained = AudioLM.load(os.path.join(args.finetune, "lm.pt"), device, codec.hash()) if args.finetune else None
+    trained = None
+    if args.finetune:
+        trained = AudioLM.load(os.path.join(args.finetune, "lm.pt"), device, codec.hash())
 
     args.size = trained.cfg.size if trained else args.size or ("base" if cuda else "tiny")
     recipe = RECIPES[args.size]
@@ -288,7 +292,8 @@ def main():
         lm, tokenizer = trained, D.Tokenizer(trained.tokenizer)
     else:
         tokenizer = D.Tokenizer.train(data.captions("train"), recipe["vocab"])
-        lm = AudioLM(LMConfig(streams, args.size, tokenizer.vocab_size, dropout=DROPOUT[args.size]))
+        sizes = {"vocab": tokenizer.vocab_size, "window": WINDOW[args.size], "dropout": DROPOUT[args.size]}
+        lm = AudioLM(LMConfig(streams, args.size, **sizes))
         lm.start_from(torch.stack([book.embed for book in codec.quantizer.books]).cpu())
         lm.tokenizer, lm.codec_hash = tokenizer.to_tensor(), codec.hash()
     config, lm = lm.cfg, lm.to(device).train()
@@ -344,11 +349,12 @@ def main():
                 codes = codec.encode(wave.to(device))  # (B, K, F)
             captions = ["" if rng.random() < CAPTION_DROPOUT else c for c in captions]
             text = tokenizer.batch(captions, config.window).to(device)
+            heard = torch.from_numpy(rng.random(len(codes)) >= DEAF).to(device)
             encoding += time.time() - began
             last = i == accumulate - 1
             with contextlib.nullcontext() if last or world == 1 else model.no_sync():  # sync gradients once
                 with D.autocast(device):
-                    logits, loss = model(codes, text)
+                    logits, loss = model(codes, text, heard)
                 (loss / accumulate).backward()
             if logging:
                 nll = F.cross_entropy(logits.detach().float().permute(0, 3, 1, 2), codes, reduction="none")
