@@ -124,6 +124,29 @@ class LSTM(nn.LSTM):
         return x + y, state
 
 
+class Noise(nn.Module):
+    """Adds as much noise as x itself asks for (SNAC, arXiv 2410.14411, section 3.2): 36 bits can say how loud
+    the rain of a frame is, not how each of its 128 samples goes, and without chance a network cannot hiss."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.gain = nn.Linear(c, c, bias=False)
+        nn.init.zeros_(self.gain.weight)
+
+    def forward(self, x, first: int = 0):
+        """x (B, T, C), of which the first is step `first` of the sound."""
+        return x + self.gain(x) * white(first, x.shape[1], x.device)[:, None].to(x.dtype)
+
+
+def white(first: int, n: int, device):
+    """Noise (n,) of unit power at places first, first + 1, ...: a hash of the place, the same on all devices,
+    so that sound decoded in pieces equals sound decoded at once."""
+    h = torch.arange(first, first + n, device=device) * 2654435761 & 0xFFFFFFFF
+    for _ in range(2):
+        h = (h ^ h >> 16) * 0x45D9F3B & 0xFFFFFFFF
+    return ((h ^ h >> 16) / 2**31 - 1) * math.sqrt(3)
+
+
 class Encoder(nn.Module):
     """Wave (B, T, 1) to latents z (B, T / hop, D)."""
 
@@ -152,19 +175,22 @@ class Decoder(nn.Module):
         c = cfg.channels * 2 ** len(cfg.strides)
         self.inp = Conv(cfg.dim, c, 7)
         self.lstm = LSTM(c)
-        blocks = []
+        self.up = nn.ModuleList()
         for s in reversed(cfg.strides):
-            blocks += [nn.ELU(), ConvTranspose(c, c // 2, s), ResidualUnit(c // 2)]
+            self.up.append(nn.ModuleList((ConvTranspose(c, c // 2, s), Noise(c // 2), ResidualUnit(c // 2))))
             c //= 2
-        self.up = nn.Sequential(*blocks, nn.ELU(), Conv(c, 1, 7))
+        self.out = Conv(c, 1, 7)
 
-    def forward(self, z_q):
+    def forward(self, z_q, first: int = 0):
         x, _ = self.lstm(self.inp(z_q))  # (B, F, 16 C)
-        return self.to_wave(x)
+        return self.to_wave(x, first)
 
-    def to_wave(self, x):
-        """What comes out of the LSTM (B, F, 16 C) to wave (B, F * hop, 1)."""
-        return LOUDNESS * self.up(x)
+    def to_wave(self, x, first: int = 0):
+        """What comes out of the LSTM (B, F, 16 C), from frame `first` on, to wave (B, F * hop, 1)."""
+        for up, noise, unit in self.up:
+            first *= up.stride[1]
+            x = unit(noise(up(F.elu(x)), first))
+        return LOUDNESS * self.out(F.elu(x))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -344,7 +370,7 @@ class Codec(nn.Module):
         the LSTM only looks back and keeps its state. Nothing is ever decoded twice but the margins."""
         margin, hop = 3, self.cfg.hop  # of `Decoder.inp` (7 // 2); of `Decoder.up` it is under 2 frames
         z, x, state = None, None, None  # latents and LSTM outputs from which the next frames will be made
-        z_past, x_past = 0, 0  # how many frames at the start of each serve as context only
+        z_past, x_past, place = 0, 0, 0  # how many frames of each are context only; at which frame x begins
         for chunk, last in mark_last(chunks):
             new = self.quantizer.decode(chunk) if chunk is not None else z[:, :0]
             z = new if z is None else torch.cat((z, new), 1)
@@ -357,14 +383,16 @@ class Codec(nn.Module):
                 continue
             ready = x.shape[1] - (0 if last else margin)
             if ready > x_past:
-                yield self.decoder.to_wave(x)[:, x_past * hop : ready * hop, 0]
+                yield self.decoder.to_wave(x, place)[:, x_past * hop : ready * hop, 0]
+                place += max(ready - margin, 0)
                 x, x_past = x[:, max(ready - margin, 0) :], min(ready, margin)
 
     def hash(self) -> str:
-        """A fingerprint of configuration and weights: a language model remembers whose codes it learnt."""
+        """A fingerprint of what makes the codes, encoder and books: a language model remembers whose codes it
+        learnt. The decoder may learn on without it."""
         digest = hashlib.sha256(repr(sorted(asdict(self.cfg).items())).encode())
         for name, tensor in sorted(self.state_dict().items()):
-            if not name.endswith(("total", "count", "steps", "started")):  # these do not change the codes
+            if name.startswith("encoder") or name.endswith("embed"):
                 digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -459,16 +487,27 @@ class MelLoss(nn.Module):
         magnitude = spectrum.abs().transpose(1, 2) / window.norm()  # white noise reads alike at all windows
         return magnitude @ getattr(self, f"filters{n}")
 
-    def forward(self, target, estimate):
-        """Both (B, T) -> loss (). Gradient flows to the estimate only."""
+    def distance(self, x, y):
+        """Of two mel spectra (B, frames, M): ()."""
+        difference = (y + self.floor).log() - (x + self.floor).log()
+        per_frame = (difference.square().mean(-1) + 1e-12).sqrt()  # (B, frames)
+        return (y - x).abs().mean() + self.alpha * per_frame.mean()
+
+    def forward(self, target, estimate, other=None):
+        """All (B, T) -> loss (). Gradient flows to the estimates only.
+
+        A distance alone asks for the mean: smooth hiss is nearer to rain than other rain is. With two
+        estimates that differ in their noise it becomes the energy distance d(x, y) + d(x, y') - d(y, y')
+        (arXiv 2008.01160), least where both are as different from each other as from the target."""
         loss = 0.0
         for n in self.windows:
             with torch.no_grad():
                 x = self.mel(target, n)
             y = self.mel(estimate, n)
-            difference = (y + self.floor).log() - (x + self.floor).log()
-            per_frame = (difference.square().mean(-1) + 1e-12).sqrt()  # (B, frames)
-            loss = loss + (y - x).abs().mean() + self.alpha * per_frame.mean()
+            loss = loss + self.distance(x, y)
+            if other is not None:
+                z = self.mel(other, n)
+                loss = loss + self.distance(x, z) - self.distance(y, z)
         return loss / len(self.windows)
 
 

@@ -780,6 +780,24 @@ def test_mel_loss_is_its_formula_and_moves_the_estimate_only():
     assert x.grad is None and y.grad.abs().sum() > 0
 
 
+def test_energy_distance_is_its_formula_and_wants_noise_as_loud_as_the_target():
+    loss, (x, y, z) = MelLoss(), 0.1 * torch.randn(3, 1, 16000, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(loss(x, y, z), loss(x, y) + loss(x, z) - loss(y, z))
+    levels = [0.3, 0.7, 1.0, 1.4, 3.0]
+    energy = [loss(x, level * y, level * z).item() for level in levels]
+    assert levels[int(np.argmin(energy))] == 1.0
+    smooth = 0.1 * sine(1000, 1.0)  # is no hiss, however loud
+    assert min(energy) < loss(x, torch.from_numpy(smooth)[None], torch.from_numpy(smooth)[None]).item()
+
+
+def test_noise_is_white_and_depends_on_its_place_only():
+    noise = codec_py.white(0, 65536, "cpu")
+    assert noise.mean().abs() < 0.02 and noise.var().item() == pytest.approx(1, abs=0.02)
+    power = torch.fft.rfft(noise).abs().square()[:32768].view(16, -1).mean(1)
+    assert power.max() / power.min() < 1.2
+    assert torch.equal(noise[1000:2000], codec_py.white(1000, 1000, "cpu"))
+
+
 def test_mel_loss_of_equal_waves_is_nothing_and_its_gradient_finite():
     x = torch.from_numpy(hiss(0.2))[None]
     y = x.clone().requires_grad_()
@@ -854,6 +872,8 @@ def codecs():
             z = codec.latents(torch.from_numpy(hiss(0.5))[None])[0]
         for k, book in enumerate(codec.quantizer.books):
             book.embed.mul_(z.std(0) / 2**k).add_(z.mean(0) if k == 0 else 0)
+        for _, noise, _ in codec.decoder.up:
+            torch.nn.init.normal_(noise.gain.weight, std=0.3)
     return made
 
 
@@ -1000,7 +1020,9 @@ def test_codec_and_its_hash_survive_a_checkpoint(codecs, tmp_path):
     assert again.hash() == codec.hash() != codecs[4].hash() and not again.training
     assert torch.equal(again.encode(wave), codec.encode(wave))
     with torch.no_grad():
-        again.decoder.inp.bias[0] += 1e-3
+        again.decoder.inp.bias[0] += 1e-3  # codes stay what they are
+        assert again.hash() == codec.hash()
+        again.encoder.out[2].bias[0] += 1e-3
     assert again.hash() != codec.hash()
 
 
@@ -1579,7 +1601,7 @@ def stop_at(call_number, monkeypatch):
 @pytest.fixture
 def small_recipes(monkeypatch):
     """Short crops, and a discriminator from step 2 on, so that its state has to survive as well."""
-    codec_recipe = train_codec.RECIPES["tiny"] | {"seconds": 0.25, "d_from": 0.2, "d_filters": 2}
+    codec_recipe = train_codec.RECIPES["tiny"] | {"seconds": 0.25, "frozen_from": 0.2, "d_filters": 2}
     monkeypatch.setitem(train_codec.RECIPES, "tiny", codec_recipe)
     monkeypatch.setattr(train_lm, "SECONDS", 1)
     monkeypatch.setattr(train_lm, "listen", quiet)
@@ -1661,6 +1683,22 @@ def test_without_mixing_all_codes_are_computed_once(run, made, clips, small_reci
     assert os.stat(os.path.join("out", name)).st_mtime_ns == before.st_mtime_ns
 
 
+def test_late_in_training_the_decoder_learns_to_hiss_and_codes_stay(run, clips, small_recipes, monkeypatch):
+    monkeypatch.setitem(train_codec.RECIPES, "tiny", train_codec.RECIPES["tiny"] | {"frozen_from": 0.5})
+    flags = ["--data", clips, "--steps", 4, "--batch", 2, "--size", "tiny"]
+    with monkeypatch.context() as patch:
+        stop_at(2, patch)
+        run(train_codec, *flags)
+    before = torch.load("out/codec_train.pt", weights_only=True)["codec"]
+    run(train_codec, *flags, "--resume")
+    after = torch.load("out/codec_train.pt", weights_only=True)["codec"]
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) or name.startswith("decoder"), name
+    gains = [name for name in before if "gain" in name]
+    assert len(gains) == 4 and not any(before[name].any() for name in gains)
+    assert all(after[name].any() for name in gains)
+
+
 def test_resuming_with_other_settings_is_refused(made, run, clips, capsys):
     for script in (train_codec, train_lm):
         with pytest.raises(SystemExit):
@@ -1670,7 +1708,7 @@ def test_resuming_with_other_settings_is_refused(made, run, clips, capsys):
 
 def test_two_processes_train_the_codec_of_one(clips, tmp_path):
     """Equal within rounding at an equal batch, through the step at which the discriminator enters."""
-    small = {"seconds": 0.5, "d_from": 0.5, "d_filters": 2}
+    small = {"seconds": 0.5, "frozen_from": 0.5, "d_filters": 2}
     driver = write_text(
         tmp_path / "driver.py",
         f"import sys\nsys.path.insert(0, {HERE!r})\nimport torch, data, train_codec\n"

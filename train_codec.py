@@ -40,12 +40,12 @@ from codec import (
     si_snr,
 )
 
-# `tiny` was settled by short runs (see README); `paper` has not been run to its end. `d_from` is the share of
-# the run after which the discriminator enters and `d_filters` its width. It makes a step five times dearer: a
-# CPU's budget is better spent without it, so `tiny` never lets it in.
+# `tiny` was settled by short runs (see README); `paper` has not been run to its end. From the share
+# `frozen_from` of the run on the codes stay as they are and the decoder alone goes on: it learns to hiss,
+# against a discriminator of `d_filters` unless that is 0: one makes a step several times dearer.
 RECIPES = {
-    "tiny": {"steps": 4000, "batch": 4, "seconds": 1.0, "lr": 7e-4, "d_from": 1.0, "d_filters": 8},
-    "paper": {"steps": 20000, "batch": 64, "seconds": 1.0, "lr": 5e-4, "d_from": 0.5, "d_filters": 32},
+    "tiny": {"steps": 4000, "batch": 4, "seconds": 1.0, "lr": 7e-4, "frozen_from": 0.8, "d_filters": 0},
+    "paper": {"steps": 20000, "batch": 64, "seconds": 1.0, "lr": 5e-4, "frozen_from": 0.5, "d_filters": 32},
 }
 WEIGHTS = {"wave": 0.3, "mel": 1.0, "adversarial": 1.0, "feature": 1.0}  # shares: see codec.Balancer
 JUDGE_LR = 3e-4  # constant: the judge comes late, when the codec's own rate is falling
@@ -140,7 +140,7 @@ def mean_over_processes(values: dict, world) -> dict:
 
 
 def lr_factor(step, steps):
-    """Linear warm-up over 100 steps, or a tenth of a short run, and a cosine to zero."""
+    """Linear warm-up over 100 steps, or a tenth of a short stage, and a cosine to zero."""
     warmup = min(100, max(1, steps // 10))
     return min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
@@ -156,7 +156,7 @@ def health(effective, codes, accuracy, grad_norm):
     if accuracy > 0.95:
         yield (
             f"the discriminator is right {100 * accuracy:.0f} % of the time: it has won, and its gradient "
-            "says little. Start it later (d_from) or make it smaller (d_filters in RECIPES)."
+            "says little. Start it later (frozen_from) or make it smaller (d_filters in RECIPES)."
         )
     if grad_norm > 10 * CLIP:
         yield f"the gradient's norm is {grad_norm:.0f}: training is unstable. Lower lr in RECIPES."
@@ -193,13 +193,15 @@ def main():
     torch.manual_seed(args.seed)
     codec = Codec(config).to(device).train()
     average = copy.deepcopy(codec).eval().requires_grad_(False)
-    judge = STFTDiscriminator(recipe["d_filters"]).to(device)
     balancer = Balancer(WEIGHTS).to(device)
-    parameters, judge_parameters = list(codec.parameters()), list(judge.parameters())
+    parameters = list(codec.parameters())
     optimizer = torch.optim.Adam(parameters, recipe["lr"], betas=(0.9, 0.99))
-    judge_optimizer = torch.optim.Adam(judge_parameters, JUDGE_LR, betas=(0.5, 0.9))
-    state = {"codec": codec, "average": average, "judge": judge, "balancer": balancer}
-    state |= {"optimizer": optimizer, "judge_optimizer": judge_optimizer}
+    state = {"codec": codec, "average": average, "balancer": balancer, "optimizer": optimizer}
+    if recipe["d_filters"]:
+        judge = STFTDiscriminator(recipe["d_filters"]).to(device)
+        judge_parameters = list(judge.parameters())
+        judge_optimizer = torch.optim.Adam(judge_parameters, JUDGE_LR, betas=(0.5, 0.9))
+        state |= {"judge": judge, "judge_optimizer": judge_optimizer}
     start, accuracy = 0, 0.5
     if args.resume:
         saved = load_checkpoint(resume_path, "nanoaudiogen codec training")
@@ -220,25 +222,42 @@ def main():
             training |= {"step": step, "accuracy": accuracy, "rng": torch.get_rng_state()}
             D.save_atomic(training | {k: thing.state_dict() for k, thing in state.items()}, resume_path)
 
-    crop, judge_from = int(recipe["seconds"] * D.SAMPLE_RATE), int(recipe["d_from"] * steps)
+    crop, frozen_from = int(recipe["seconds"] * D.SAMPLE_RATE), int(recipe["frozen_from"] * steps)
     say(f"codec {args.size}, {config.streams} streams of {config.codes} codes, {config.kbps} kbit/s, "
         f"{sum(p.numel() for p in parameters) / 1e6:.1f} M parameters; {steps} steps of {batch} x "
-        f"{recipe['seconds']} s on {device}; discriminator "
-        + (f"from step {judge_from}" if judge_from < steps else "never"))
+        f"{recipe['seconds']} s on {device}; from step {frozen_from} on the decoder alone, with"
+        f"{'' if recipe['d_filters'] else 'out'} a discriminator")
     log_every, eval_every = max(1, steps // 100), max(100, steps // 10)
     stopper, bad, warned = D.Stopper(), 0, {}
     clock, clock_step = time.time(), start
     for step in tqdm(range(start, steps), initial=start, total=steps, disable=not first, smoothing=0.05):
         wave, _ = data.batch(batch, crop, np.random.default_rng((args.seed, step)))
         wave = wave.chunk(world)[rank].to(device)
+        frozen, weights = step >= frozen_from, dict(WEIGHTS)
+        stage = (step - frozen_from, steps - frozen_from) if frozen else (step, frozen_from)
         for group in optimizer.param_groups:
-            group["lr"] = recipe["lr"] * lr_factor(step, steps)
+            group["lr"] = recipe["lr"] * lr_factor(*stage)
+        for unit in codec.decoder.up:
+            unit[1].requires_grad_(frozen)  # the noise: before the codes are settled it would drown them
 
-        with D.autocast(device):
-            wave_hat, codes, commitment = step_codec(wave)
-        losses = {"wave": (wave_hat - wave).abs().mean(), "mel": mel(wave, wave_hat)}
-        weights = dict(WEIGHTS)
-        if step >= judge_from:
+        if not frozen:
+            with D.autocast(device):
+                output, codes, commitment = step_codec(wave)
+            wave_hat, other = output, None
+            losses = {"wave": (wave_hat - wave).abs().mean()}
+        else:
+            # What the codes leave open is drawn twice, see MelLoss. The wave loss holds their mean and weighs
+            # little now: left to itself it silences all that cannot be foretold.
+            codes, commitment = codec.encode(wave), torch.zeros((), device=device)
+            z_q, places = codec.quantizer.decode(codes), codes.shape[2]
+            with D.autocast(device):
+                drawn = [codec.decoder(z_q, (2 * step + i) * places) for i in range(2)]
+            output = torch.cat(drawn)[:, :crop, 0].float()
+            wave_hat, other = output.chunk(2)
+            losses = {"wave": ((wave_hat + other) / 2 - wave).abs().mean()}
+            weights["wave"] /= 3
+        losses["mel"] = mel(wave, wave_hat, other)
+        if frozen and recipe["d_filters"]:
             # One forward of D serves both sides. It hears every clip at the same loudness (quiet ones would
             # be nothing to it), and what it says counts only as far as it does better than guessing: a
             # balancer gives a term its full share however meaningless it is.
@@ -258,11 +277,15 @@ def main():
             losses["feature"] = feature_loss(real_features, fake_features)
             edge = max(0.0, min(1.0, 2 * accuracy - 1))
             weights |= {name: WEIGHTS[name] * edge for name in ("adversarial", "feature")}
-        gradient = balancer(losses, weights, wave_hat)
+        gradient = balancer(losses, weights, output)
         optimizer.zero_grad()
-        torch.autograd.backward((wave_hat, COMMITMENT * commitment), (gradient, None))
-        average_gradients(parameters, world)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        if frozen:
+            output.backward(gradient)
+        else:
+            torch.autograd.backward((output, COMMITMENT * commitment), (gradient, None))
+        trained = [p for p in parameters if p.grad is not None]
+        average_gradients(trained, world)
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, CLIP)
 
         bad = D.count_bad(bad, grad_norm, step, path, say)
         if not bad:
