@@ -195,14 +195,14 @@ class CachedCodes:
         self.data, self.hop = data, codec.cfg.hop
         path = os.path.join(folder, f"codes-{codec.hash()}-{data.key}.pt")
         if os.path.exists(path):
-            self.codes = torch.load(path, weights_only=True)
+            self.codes = load_checkpoint(path, "nanoaudiogen codes")["codes"]
             return
         device, self.codes = next(codec.parameters()).device, {}
         for k in tqdm(data.order["train"].tolist(), "codes of all clips", unit="clip", disable=None):
             wave = data.read(k, max(len(data.sounds[k]), SECONDS * D.SAMPLE_RATE))
             pieces = [codec.encode(piece[None].to(device)) for piece in wave.split(60 * D.SAMPLE_RATE)]
             self.codes[k] = torch.cat(pieces, 2)[0].short().cpu()  # (K, F)
-        D.save_atomic(self.codes, path)
+        D.save_atomic({"kind": "nanoaudiogen codes", "codes": self.codes}, path)
         say(f"codes of {len(self.codes)} clips are kept in {path}")
 
     def batch(self, n, length, rng, loud):
