@@ -42,6 +42,7 @@ LOUD = 0.2  # a crop quieter than this share of its clip's peak lacks what the c
 CAPTION_DROPOUT = 0.1  # captions ignored in training, so that guidance has something to lean away from
 DEAF = 0.1  # clips whose past is not heard, so that words alone must tell what sounds: they are learnt sooner
 EMA = 0.999  # of the weights that are kept; quicker while the run is young
+WRONGS = 4  # captions of other clips that the true one is compared with at the end
 COOLDOWN = 0.3  # share of the run at whose end the learning rate falls to zero
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
@@ -129,17 +130,21 @@ class ClassCentres:
         return float(np.mean([self.names[i] == c for i, c in zip(nearest.tolist(), captions)]))
 
 
-def measure(lm, tokenizer, held_out, device):
-    """Loss per stream and caption accuracy on held-out clips, as a dictionary of numbers."""
+def measure(lm, tokenizer, held_out, device, wrongs=1):
+    """Numbers by name: loss per stream, and caption accuracy against so many wrong captions of each clip."""
     codes, captions, pairs = held_out
-    true = clip_losses(lm, codes, tokenizer.batch(captions, lm.cfg.window).to(device))
-    wrong = clip_losses(lm, codes, tokenizer.batch(wrong_captions(captions), lm.cfg.window).to(device))
-    right = true.mean(1) < wrong.mean(1)
-    result = {"loss": true.mean().item(), "caption_accuracy": right.float().mean().item()}
+
+    def losses(captions):
+        return clip_losses(lm, codes, tokenizer.batch(captions, lm.cfg.window).to(device))  # (B, K)
+
+    true = losses(captions)
+    right = [true.mean(1) < losses(wrong_captions(captions, seed)).mean(1) for seed in range(wrongs)]
+    right = torch.stack(right).float().mean(0)  # (B,)
+    result = {"loss": true.mean().item(), "caption_accuracy": right.mean().item()}
     result |= {f"loss{k}": loss for k, loss in enumerate(true.mean(0).tolist())}
     if pairs.any():
-        result["held_out_pairs"] = right[pairs].float().mean().item()
-        result["seen"] = right[~pairs].float().mean().item()
+        result["held_out_pairs"] = right[pairs].mean().item()
+        result["seen"] = right[~pairs].mean().item()
     return result
 
 
@@ -281,7 +286,7 @@ def main():
     if args.eval_only:
         lm = AudioLM.load(path, device, codec.hash())
         tokenizer = D.Tokenizer(lm.tokenizer)
-        say(as_text(measure(lm, tokenizer, held_out, device)))
+        say(as_text(measure(lm, tokenizer, held_out, device, WRONGS)))
         return listen(lm, codec, tokenizer, data, device, args.guidance, wavs, say)
 
     if first and not os.path.exists(beside):
@@ -385,7 +390,7 @@ def main():
         if stopping:
             return say(f"{stopper.signal}: saved step {done} to {resume_path}; go on with --resume")
         if evaluating and first:
-            say(as_text(measure(average, tokenizer, held_out, device)))
+            say(as_text(measure(average, tokenizer, held_out, device, WRONGS if done == steps else 1)))
     if first:
         listen(average, codec, tokenizer, data, device, args.guidance, wavs, say)
     say(f'language model saved to {path}; next: python sample.py --prompt "{captions[0] or "rain"}"')
