@@ -1,6 +1,6 @@
 """Tests of nanoAudioGen: python -m pytest -q test_all.py
 
-They make their own sounds in temporary folders and need no network, no GPU and no weights. Grouped by file:
+They make their own sounds in temporary folders and need no network and no GPU. Grouped by file:
 data.py, codec.py, lm.py, then the three scripts: functions, the pipeline as typed, resuming, bad input.
 """
 
@@ -1553,6 +1553,15 @@ def test_sample_finds_the_newest_weights_in_out(run, made, tmp_path, capsys):
             os.utime(tmp_path / "out" / name / part, (time.time() - age,) * 2)
     run(sample, "--prompt", "rain", "--seconds", 0.1)
     assert os.path.join("out", "new", "lm.pt") in capsys.readouterr().out
+
+
+def test_the_weights_that_ship_speak_and_differ_by_prompt(run, tmp_path, capsys):
+    run(sample, "--prompt", "dog bark", "--prompt", "rain", "--seconds", 0.5)
+    assert os.path.join("pretrained", "codec.pt") in capsys.readouterr().out
+    dog, rain = (soundfile.read(path)[0] for path in sorted((tmp_path / "samples").glob("*.wav")))
+    assert np.isfinite(dog).all() and dog.std() > 0 and rain.std() > 0.001 and not np.allclose(dog, rain)
+    shipped = os.path.join(HERE, "pretrained")
+    assert sum(os.path.getsize(os.path.join(shipped, name)) for name in os.listdir(shipped)) < 40e6
 
 
 @pytest.mark.parametrize("script", [train_codec, train_lm], ids=["codec", "lm"])
