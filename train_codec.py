@@ -248,8 +248,8 @@ def main():
         else:
             # What the codes leave open is drawn twice, see MelLoss. The wave loss holds their mean and weighs
             # little now: left to itself it silences all that cannot be foretold.
-            codes, commitment = codec.encode(wave), torch.zeros((), device=device)
-            z_q, places = codec.quantizer.decode(codes), codes.shape[2]
+            codes, commitment = average.encode(wave), torch.zeros((), device=device)
+            z_q, places = average.quantizer.decode(codes), codes.shape[2]
             with D.autocast(device):
                 drawn = [codec.decoder(z_q, (2 * step + i) * places) for i in range(2)]
             output = torch.cat(drawn)[:, :crop, 0].float()
@@ -293,7 +293,8 @@ def main():
             if "feature" in losses:
                 average_gradients(judge_parameters, world)
                 judge_optimizer.step()
-            update_ema(average, codec, min(EMA, (1 + step) / (10 + step)))
+            decay = min(EMA, (1 + step) / (10 + step))
+            update_ema(average.decoder if frozen else average, codec.decoder if frozen else codec, decay)
 
         done, stopping = step + 1, stopper.asked(device)
         if done % log_every == 0:
