@@ -1650,7 +1650,7 @@ def test_one_clip_is_soon_learnt_and_its_books_are_used(run, tmp_path, monkeypat
 def test_sigterm_to_the_process_saves_says_where_and_ends_well(clips, tmp_path):
     args = ["--data", clips, "--steps", 1000, "--batch", 2, "--device", "cpu"]
     run, line = start("train_codec.py", *args, cwd=tmp_path), ""
-    while "; discriminator " not in line:  # the last line before the loop
+    while " a discriminator" not in line:  # the last line before the loop
         line = run.stdout.readline()
         assert line, run.stderr.read()
     time.sleep(1)
