@@ -10,7 +10,7 @@ What differs from the reference code (facebookresearch/encodec and audiocraft):
 - after k-means the averages hold sums, as the update expects, not means;
 - "dead" is relative to the mean use of a code, so that it means the same for 64 codes and for 2048;
 - LayerNorm acts on the channels of each time step: a clip's codes do not depend on what is encoded with it;
-- every tensor between layers is (B, T, C): channels last is three times faster on a CPU.
+- every tensor between layers is (B, T, C): channels last is three times faster on a CPU;
 - the decoder has a source of noise, and learns to use it when the codes are settled.
 
 Letters: B batch, T samples, F frames, C channels, D latent size, K streams, V codes per book.

@@ -257,8 +257,7 @@ def main():
     if first:
         lock = D.lock_folder(args.out)  # noqa: F841 (held until the process ends)
 
-    beside = os.path.join(args.out, "codec.pt")
-    codec_path = args.codec or (os.path.join(args.finetune, "codec.pt") if args.finetune else beside)
+    codec_path = args.codec or os.path.join(args.finetune or args.out, "codec.pt")
     codec = Codec.load(codec_path, device)
     streams = args.streams or codec.cfg.streams
     if streams != codec.cfg.streams:
@@ -289,6 +288,7 @@ def main():
         say(as_text(measure(lm, tokenizer, held_out, device, WRONGS)))
         return listen(lm, codec, tokenizer, data, device, args.guidance, wavs, say)
 
+    beside = os.path.join(args.out, "codec.pt")
     if first and not os.path.exists(beside):
         D.save_atomic(codec.checkpoint(), beside)  # sample.py looks for it where lm.pt is
     cached = args.mix == 0 and D.first_then_all(lambda: CachedCodes(codec, data, args.out, say))
