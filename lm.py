@@ -55,6 +55,21 @@ class LMConfig:
         return 2048 // self.streams
 
 
+def turns(places: int, size: int):
+    """Cosine and sine (2, places, size / 2) of the angles by which `rotate` turns the pairs of a head."""
+    angle = torch.arange(places)[:, None] / 10000 ** (torch.arange(0, size, 2) / size)
+    return torch.stack((angle.cos(), angle.sin()))
+
+
+def rotate(x, turn):
+    """Queries or keys (B, H, T, d / H), each pair turned by an angle that grows with its place (RoPE, arXiv
+    2104.09864): a product of the two then knows how far apart they are, which a table of learnt positions
+    has to find out for every pair of places. (2, T, d / 2 H) are the `turns` of these places."""
+    cos, sin = turn.to(x.dtype)
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
 class SelfAttention(nn.Module):
     def __init__(self, cfg: LMConfig, causal: bool):
         super().__init__()
@@ -62,11 +77,13 @@ class SelfAttention(nn.Module):
         self.c_attn = nn.Linear(cfg.width, 3 * cfg.width)
         self.c_proj = nn.Linear(cfg.width, cfg.width)
 
-    def forward(self, x, cache=None, step=None, mask=None):
-        """x (B, T, d). With a cache (2, B, H, S, d / H), keys and values are kept; `step` is then None for
+    def forward(self, x, turn=None, cache=None, step=None, mask=None):
+        """x (B, T, d), its places turned by `turn`. With a cache (2, B, H, S, d / H), keys and values are kept; `step` is then None for
         the first T places at once, or for a single one its place (1,), and `mask` says what it may see."""
         B, T, d = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, d / H) each
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
         if step is None:
             if cache is not None:
                 cache[:, :, :, :T] = torch.stack((k, v))
@@ -130,8 +147,8 @@ class Block(nn.Module):
         self.ln_3, self.mlp = nn.LayerNorm(cfg.width), MLP(cfg)
         self.drop = nn.Dropout(cfg.dropout)
 
-    def forward(self, x, keys, cache=None, step=None, mask=None):
-        x = x + self.drop(self.attn(self.ln_1(x), cache, step, mask))
+    def forward(self, x, keys, turn, cache=None, step=None, mask=None):
+        x = x + self.drop(self.attn(self.ln_1(x), turn, cache, step, mask))
         x = x + self.drop(self.cross(self.ln_2(x), keys))
         return x + self.drop(self.mlp(self.ln_3(x)))
 
@@ -169,7 +186,6 @@ class AudioLM(nn.Module):
         self.tokenizer, self.codec_hash = None, None
         self.text_encoder = TextEncoder(cfg)
         self.wte = nn.Embedding(cfg.streams * cfg.codes, cfg.width)  # the K tables, one after the other
-        self.wpe = nn.Embedding(cfg.frames, cfg.width)
         self.start = nn.Parameter(0.02 * torch.randn(cfg.width))
         self.drop = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
@@ -177,6 +193,8 @@ class AudioLM(nn.Module):
         self.heads = nn.Linear(cfg.width, cfg.streams * cfg.codes, bias=False)  # K heads in one product
         first = torch.arange(cfg.streams) * cfg.codes  # row of each table
         self.register_buffer("first", first, persistent=False)
+        turn = turns(cfg.window + cfg.frames, cfg.width // cfg.heads)
+        self.register_buffer("turn", turn, persistent=False)
         # GPT-2: normal(.02), and what is added to the residual stream is scaled by the number of additions.
         for name, p in self.named_parameters():
             if p.dim() >= 2:
@@ -222,15 +240,15 @@ class AudioLM(nn.Module):
         x = self.drop(self.inputs(codes[:, :, :-1], heard))  # (B, F, d)
         x = torch.cat((u, x), 1)  # (B, N + F, d)
         for block in self.blocks:
-            x = block(x, block.cross.keys(u))
+            x = block(x, block.cross.keys(u), self.turn[:, : x.shape[1]])
         return self.to_logits(x[:, u.shape[1] :])
 
     def inputs(self, codes, heard=None):
-        """The start vector and the given frames, at their positions: (B, 1 + F, d)."""
+        """The start vector and the given frames: (B, 1 + F, d)."""
         start, v = self.start.expand(len(codes), 1, -1), self.embed(codes)
         if heard is not None:
             v = v * heard[:, None, None]
-        return torch.cat((start, v), 1) + self.wpe.weight[: 1 + codes.shape[2]]
+        return torch.cat((start, v), 1)
 
     # ------------------------------------------------------------------------------------------------------
     # Sampling
@@ -272,7 +290,7 @@ class AudioLM(nn.Module):
             seen = history.repeat(len(u) // B, 1, 1)  # both halves hear the same sound
             x = torch.cat((u, self.inputs(seen)), 1)
             for layer, k, c in zip(self.blocks, keys, cache):
-                x = layer(x, k, c)
+                x = layer(x, k, self.turn[:, : x.shape[1]], c)
             logits = self.to_logits(x[:, -1:])[:, :, 0]  # (2 B, K, V)
             given = history.shape[2]
             room = min(self.cfg.frames - given, frames - made)
@@ -294,13 +312,13 @@ class AudioLM(nn.Module):
 
     def step(self, codes, position: int, prefix: int, keys, cache):
         """One frame (B, K) at `position` of the sound to the logits of the next (B, K, V)."""
-        x = self.embed(codes[:, :, None]) + self.wpe.weight[position]  # (B, 1, d)
+        x = self.embed(codes[:, :, None])  # (B, 1, d)
         visible = min(cache.shape[4], (prefix + position) // 64 * 64 + 64)  # few different shapes
         places = torch.arange(visible, device=x.device)  # (S,)
         place = places[prefix + position :][:1]  # (1,), made on the device: nothing waits for a transfer
         mask = places <= place
         for layer, k, c in zip(self.blocks, keys, cache):
-            x = layer(x, k, c, place, mask[None])
+            x = layer(x, k, self.turn[:, place], c, place, mask[None])
         return self.to_logits(x)[:, :, 0]
 
     # ------------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def clock(function, device, times=3):
 
 def spectrogram(wave, width=600):
     """Wave (T,) to a log-mel picture (64, width) in [0, 1], low frequencies first; it spans 80 dB."""
-    mel = MelLoss(exponents=[10]).mel(wave[None].cpu().float(), 1024)[0].T  # (64, frames)
+    mel = MelLoss([10], n_mels=64).mel(wave[None].cpu().float(), 1024)[0].T  # (64, frames)
     mel = torch.nn.functional.interpolate(mel[None], size=width, mode="linear", align_corners=False)[0]
     db = 20 * mel.clamp(min=1e-5).log10()
     return ((db - db.max()) / 80 + 1).clamp(0, 1).numpy()

@@ -71,7 +71,7 @@ def get_args():
 
 
 @torch.no_grad()
-def evaluate(codec, waves, mel):
+def evaluate(codec, waves):
     """Held-out measures over waves (n, T), means over clips; and the reconstructions (n, T)."""
 
     def clock():
@@ -88,7 +88,7 @@ def evaluate(codec, waves, mel):
     return {
         "kbps": codec.cfg.kbps,
         "si_snr": si_snr(waves, decoded).median().item(),
-        "log_mel": log_mel_distance(waves, decoded, mel).mean().item(),
+        "log_mel": log_mel_distance(waves, decoded).mean().item(),
         "log_spectrum": log_spectrum_distance(waves, decoded).mean().item(),
         "used": used,
         "perplexity": effective,
@@ -185,7 +185,7 @@ def main():
     mel = MelLoss().to(device)
 
     if args.eval_only:
-        measures, decoded = evaluate(Codec.load(path, device), held_out, mel)
+        measures, decoded = evaluate(Codec.load(path, device), held_out)
         write_wavs(os.path.join(args.out, "codec_wavs"), held_out, decoded)
         return say(report(measures))
 
@@ -326,7 +326,7 @@ def main():
         if (done % eval_every == 0 or done == steps) and first:
             # Every fourth clip is enough on the way; the last word is spoken over all of them.
             clips = held_out if done == steps else held_out[::4]
-            measures, decoded = evaluate(average, clips, mel)
+            measures, decoded = evaluate(average, clips)
             say(report(measures))
             write_wavs(os.path.join(args.out, "codec_wavs"), clips, decoded)
     say(f"codec saved to {path}; next: python train_lm.py --streams {config.streams}")
