@@ -78,8 +78,9 @@ class SelfAttention(nn.Module):
         self.c_proj = nn.Linear(cfg.width, cfg.width)
 
     def forward(self, x, turn=None, cache=None, step=None, mask=None):
-        """x (B, T, d), its places turned by `turn`. With a cache (2, B, H, S, d / H), keys and values are kept; `step` is then None for
-        the first T places at once, or for a single one its place (1,), and `mask` says what it may see."""
+        """x (B, T, d), whose places have these `turns`. With a cache (2, B, H, S, d / H), keys and values are
+        kept; `step` is then None for the first T places at once, or for a single one its place (1,), and
+        `mask` says what it may see."""
         B, T, d = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, d / H) each
         if turn is not None:

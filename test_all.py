@@ -1313,17 +1313,27 @@ def test_a_gpu_computes_what_the_cpu_computes(codecs, codes):
 
 
 def test_learning_rates_rise_fall_and_end_at_nothing():
-    for factor in (train_codec.lr_factor, lambda step, steps: train_lm.lr_factor(step, steps, 100)):
+    for factor in (train_codec.lr_factor, train_lm.lr_factor):
         rates = [factor(step, 2000) for step in range(2001)]
         top = int(np.argmax(rates))
-        assert rates[0] < 0.02 and 50 < top <= 110 and 0.9 < rates[top] <= 1
+        assert rates[0] < 0.02 and 50 < top <= 210 and 0.9 < rates[top] <= 1
         assert rates[:top] == sorted(rates[:top]) and rates[top:] == sorted(rates[top:], reverse=True)
         assert 0 < rates[1999] < 0.01 and rates[2000] == pytest.approx(0, abs=1e-9)
 
 
 def test_lm_learning_rate_is_an_inverse_square_root_between_warm_up_and_cool_down():
-    assert train_lm.lr_factor(399, 2000, 100) == pytest.approx(0.5)
-    assert train_lm.lr_factor(899, 2000, 100) == pytest.approx(1 / 3)
+    assert train_lm.lr_factor(799, 2000) == pytest.approx(0.5)
+    assert train_lm.lr_factor(1249, 2000) == pytest.approx(0.4)
+    assert train_lm.lr_factor(11999, 50000) == pytest.approx(0.5)  # the paper's warm-up of 3000 steps
+
+
+def test_every_parameter_has_one_optimizer_and_muon_the_matrices_of_the_blocks(lm):
+    optimizers = train_lm.make_optimizers(lm, 1e-3, cuda=False, shard=False)
+    owned = {k: [p for g in o.param_groups for p in g["params"]] for k, o in optimizers.items()}
+    assert sorted(map(id, owned["muon"] + owned["adamw"])) == sorted(map(id, lm.parameters()))
+    names = {p: name for name, p in lm.named_parameters()}
+    assert all("blocks" in names[p] and p.dim() == 2 for p in owned["muon"])
+    assert {"wte.weight", "heads.weight", "start"} < {names[p] for p in owned["adamw"]}
 
 
 def test_frechet_distance_of_moved_and_stretched_clouds():

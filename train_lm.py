@@ -9,7 +9,7 @@
 
 Reads codec.pt from --out. Writes there: lm.pt (what sample.py loads), lm_train.pt (what --resume loads),
 lm.csv (the log) and lm_wavs/ (a sound for each of a few held-out captions).
-AudioGen (arXiv 2209.15352) section 3.2; optimizer and sizes from its section 4.
+AudioGen (arXiv 2209.15352) section 3.2; sizes and schedule from its section 4.
 """
 
 import contextlib
@@ -31,12 +31,13 @@ from lm import AudioLM, LMConfig, load_checkpoint
 
 # `tiny` comes from a few short runs (see README); `base` and `large` follow the paper.
 RECIPES = {
-    "tiny": {"steps": 900, "batch": 4, "micro": 4, "lr": 2e-3, "warmup": 100, "vocab": 512},
-    "base": {"steps": 50000, "batch": 256, "micro": 16, "lr": 5e-4, "warmup": 3000, "vocab": 8000},
-    "large": {"steps": 50000, "batch": 256, "micro": 8, "lr": 5e-4, "warmup": 3000, "vocab": 8000},
+    "tiny": {"steps": 900, "batch": 4, "micro": 4, "lr": 2e-3, "vocab": 512},
+    "base": {"steps": 50000, "batch": 256, "micro": 16, "lr": 5e-4, "vocab": 8000},
+    "large": {"steps": 50000, "batch": 256, "micro": 8, "lr": 5e-4, "vocab": 8000},
 }
 WINDOW = {"tiny": 32, "base": 64, "large": 64}  # text tokens per caption: each costs as much as a frame
 DROPOUT = {"tiny": 0.1, "base": 0.0, "large": 0.0}
+WARMUP = 3000  # steps, and at most a tenth of the run
 SECONDS = 5  # of every training example
 LOUD = 0.2  # a crop quieter than this share of its clip's peak lacks what the caption speaks of: draw again
 CAPTION_DROPOUT = 0.1  # captions ignored in training, so that guidance has something to lean away from
@@ -221,26 +222,32 @@ class CachedCodes:
         return torch.stack(codes).long(), captions
 
 
-def lr_factor(step, steps, warmup):
+def lr_factor(step, steps):
     """Linear warm-up, inverse square root, and a linear cool-down to zero over the end of the run."""
-    warmup = min(warmup, max(1, steps // 10))
+    warmup = min(WARMUP, max(1, steps // 10))
     decay = min((step + 1) / warmup, math.sqrt(warmup / (step + 1)))
     return decay * min(1, (steps - step) / (COOLDOWN * steps))
 
 
-def make_optimizer(lm, lr, cuda, shard):
-    """AdamW; matrices decay, gains and biases do not. Sharded, a process keeps the state of its part only."""
-    parameters = [p for p in lm.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.1},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    options = {"lr": lr, "betas": (0.9, 0.95), "fused": cuda}
+def make_optimizers(lm, lr, cuda, shard):
+    """Muon for the matrices of the blocks, AdamW for tables, heads and vectors, as a dict.
+
+    Muon (Jordan et al. 2024) takes the same step in all directions of a matrix, be their gradient large or
+    small, scaled to the size of AdamW's (arXiv 2502.16982). Vectors do not decay. Sharded, a process keeps
+    the state of its part only."""
+    blocks = {p for name, p in lm.named_parameters() if "blocks" in name and p.dim() == 2}
+    matrices = [p for p in lm.parameters() if p in blocks]
+    tables = [p for p in lm.parameters() if p not in blocks and p.dim() == 2]
+    vectors = [p for p in lm.parameters() if p.dim() == 1]
+    groups = [{"params": tables, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    muon = {"lr": lr, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    adamw = {"lr": lr, "betas": (0.9, 0.95), "fused": cuda}
     if shard:
         from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import, and rarely needed
 
-        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
-    return torch.optim.AdamW(groups, **options)
+        return {"muon": ZeroRedundancyOptimizer(matrices, torch.optim.Muon, **muon),
+                "adamw": ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **adamw)}
+    return {"muon": torch.optim.Muon(matrices, **muon), "adamw": torch.optim.AdamW(groups, **adamw)}
 
 
 @torch.no_grad()
@@ -303,8 +310,8 @@ def main():
         lm.tokenizer, lm.codec_hash = tokenizer.to_tensor(), codec.hash()
     config, lm = lm.cfg, lm.to(device).train()
     average = copy.deepcopy(lm).eval().requires_grad_(False)
-    optimizer = make_optimizer(lm, recipe["lr"], cuda, shard=world > 1 and args.size == "large")
-    state, start = {"lm": lm, "average": average, "optimizer": optimizer}, 0
+    optimizers = make_optimizers(lm, recipe["lr"], cuda, shard=world > 1 and args.size == "large")
+    state, start = {"lm": lm, "average": average} | optimizers, 0
     if args.resume:
         saved = load_checkpoint(resume_path, "nanoaudiogen lm training")
         if (saved["config"], saved["steps"], saved["codec_hash"]) != (vars(config), steps, lm.codec_hash):
@@ -321,7 +328,8 @@ def main():
 
     def save(step):
         if world > 1 and args.size == "large":
-            optimizer.consolidate_state_dict(0)
+            for optimizer in optimizers.values():
+                optimizer.consolidate_state_dict(0)
         if first:
             D.save_atomic(average.checkpoint(), path)
             training = {"kind": "nanoaudiogen lm training", "config": vars(config), "steps": steps}
@@ -336,8 +344,8 @@ def main():
     log_every, eval_every = max(1, steps // 100), max(50, steps // 5)
     stopper, bad, encoding, clock, clock_step = D.Stopper(), 0, 0.0, time.time(), start
     for step in tqdm(range(start, steps), initial=start, total=steps, disable=not first, smoothing=0.05):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe["lr"] * lr_factor(step, steps, recipe["warmup"])
+        for group in (group for optimizer in optimizers.values() for group in optimizer.param_groups):
+            group["lr"] = recipe["lr"] * lr_factor(step, steps)
         # Words say most about how a sound begins, later the sound itself does. So most examples are short: a
         # step takes clips of 5 s, or twice as many of half, or four times as many of a quarter of that.
         parts = 2 ** int(np.random.default_rng((args.seed, step)).integers(3))
@@ -367,9 +375,10 @@ def main():
         grad_norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         bad = D.count_bad(bad, grad_norm, step, path, say)
         if not bad:
-            optimizer.step()
+            for optimizer in optimizers.values():
+                optimizer.step()
             update_ema(average, lm, min(EMA, (1 + step) / (10 + step)))
-        optimizer.zero_grad()
+        lm.zero_grad()
 
         stopping = stopper.asked(device)
         if logging and first:
