@@ -300,7 +300,10 @@ def main():
         if done % log_every == 0:
             means = mean_over_processes(losses | {"commitment": commitment}, world)
         if done % log_every == 0 and first:
-            effective, used = perplexity(codes, config.codes)
+            # One batch may be all silence: its use of the books is shown, but they are judged over a hundred.
+            _, used = perplexity(codes, config.codes)
+            counts = torch.stack([book.count for book in codec.quantizer.books])  # (K, V)
+            effective = torch.special.entr(counts / counts.sum(1, keepdim=True)).sum(1).exp().tolist()
             speed = (done - clock_step) * batch * recipe["seconds"] / (time.time() - clock)
             clock, clock_step = time.time(), done
             row = {"step": done} | {name: means.get(name, "") for name in (*WEIGHTS, "commitment")}

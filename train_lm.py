@@ -87,7 +87,7 @@ def clip_losses(lm, codes, text, micro=8):
 def wrong_captions(captions, seed=0):
     """For every clip the caption of another clip that says something else."""
     rng = np.random.default_rng(seed)
-    different = [[c for c in captions if c != caption] or [""] for caption in captions]
+    different = [[c for c in captions if c != caption] for caption in captions]
     return [others[rng.integers(len(others))] for others in different]
 
 
@@ -139,10 +139,12 @@ def measure(lm, tokenizer, held_out, device, wrongs=1):
         return clip_losses(lm, codes, tokenizer.batch(captions, lm.cfg.window).to(device))  # (B, K)
 
     true = losses(captions)
+    result = {"loss": true.mean().item()} | {f"loss{k}": x for k, x in enumerate(true.mean(0).tolist())}
+    if len(set(captions)) == 1:  # there is no wrong caption
+        return result
     right = [true.mean(1) < losses(wrong_captions(captions, seed)).mean(1) for seed in range(wrongs)]
     right = torch.stack(right).float().mean(0)  # (B,)
-    result = {"loss": true.mean().item(), "caption_accuracy": right.mean().item()}
-    result |= {f"loss{k}": loss for k, loss in enumerate(true.mean(0).tolist())}
+    result["caption_accuracy"] = right.mean().item()
     if pairs.any():
         result["held_out_pairs"] = right[pairs].mean().item()
         result["seen"] = right[~pairs].mean().item()
@@ -272,6 +274,8 @@ def main():
                          f"type python train_codec.py --streams {streams} first")
     trained = None
     if args.finetune:
+        if args.size:
+            raise ValueError("--size is that of the model in --finetune: leave it out")
         trained = AudioLM.load(os.path.join(args.finetune, "lm.pt"), device, codec.hash())
 
     args.size = trained.cfg.size if trained else args.size or ("base" if cuda else "tiny")
