@@ -470,11 +470,11 @@ class MelLoss(nn.Module):
     Mean over scales of  mean |S(x) - S(y)|  +  alpha * mean over frames of ||L(x) - L(y)|| / sqrt(M), where
     L = log(S + floor). alpha is 1 at every scale, as EnCodec chose: the balancer rescales the whole anyway,
     and what is left of an alpha that grows with the window is a preference for long windows, which blurs
-    attacks. Long windows have more bands than the paper's 64, up to a quarter of the window: 64 would hear the
-    harmonics of a voice above 2 kHz as one, and could not teach a codec to tell them from noise. The L2 norm
-    is taken over the bands of each frame, so that one bad frame cannot outweigh all others. The gradient of a
-    log is one over its argument: with a floor of 1e-5 the loudest bands hear next to nothing of the loss and
-    come out 10 dB too quiet. At 1e-3 all three held-out measures are better."""
+    attacks. Long windows have more bands than the paper's 64, up to a quarter of the window: 64 would hear
+    the harmonics of a voice above 2 kHz as one, and could not teach a codec to tell them from noise. The L2
+    norm is taken over the bands of each frame, so that one bad frame cannot outweigh all others. The gradient
+    of a log is one over its argument: with a floor of 1e-5 the loudest bands hear next to nothing of the loss
+    and come out 10 dB too quiet. At 1e-3 all three held-out measures are better."""
 
     def __init__(self, exponents=range(5, 12), n_mels: int = 0, alpha: float = 1.0, floor: float = 1e-3):
         super().__init__()

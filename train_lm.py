@@ -31,7 +31,7 @@ from lm import AudioLM, LMConfig, load_checkpoint
 
 # `tiny` comes from a few short runs (see README); `base` and `large` follow the paper.
 RECIPES = {
-    "tiny": {"steps": 900, "batch": 4, "micro": 4, "lr": 2e-3, "vocab": 512},
+    "tiny": {"steps": 1500, "batch": 4, "micro": 4, "lr": 4e-3, "vocab": 512},
     "base": {"steps": 50000, "batch": 256, "micro": 16, "lr": 5e-4, "vocab": 8000},
     "large": {"steps": 50000, "batch": 256, "micro": 8, "lr": 5e-4, "vocab": 8000},
 }
