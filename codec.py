@@ -17,6 +17,7 @@ Letters: B batch, T samples, F frames, C channels, D latent size, K streams, V c
 """
 
 import hashlib
+import itertools
 import math
 from dataclasses import asdict, dataclass
 
@@ -46,34 +47,11 @@ class CodecConfig:
             raise ValueError(f"streams is {self.streams}, but must be one of 1, 2, 4, 8: type --streams 4")
         if self.size not in CHANNELS:
             raise ValueError(f"codec size {self.size!r} is unknown: type --size tiny or --size paper")
-
-    @property
-    def channels(self) -> int:
-        return CHANNELS[self.size]
-
-    @property
-    def strides(self) -> tuple:
-        return STRIDES[self.streams]
-
-    @property
-    def hop(self) -> int:
-        """Samples per frame."""
-        return math.prod(self.strides)
-
-    @property
-    def frame_rate(self) -> float:
-        """Frames per second."""
-        return SAMPLE_RATE / self.hop
-
-    @property
-    def codes(self) -> int:
-        """Codes per book, V."""
-        return 2048 // self.streams
-
-    @property
-    def kbps(self) -> float:
-        """Bit rate of the codes in kbit/s."""
-        return self.streams * math.log2(self.codes) * self.frame_rate / 1000
+        self.channels, self.strides = CHANNELS[self.size], STRIDES[self.streams]
+        self.hop = math.prod(self.strides)  # samples per frame
+        self.frame_rate = SAMPLE_RATE / self.hop  # frames per second
+        self.codes = 2048 // self.streams  # per book, V
+        self.kbps = self.streams * math.log2(self.codes) * self.frame_rate / 1000  # of the codes, in kbit/s
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -372,17 +350,17 @@ class Codec(nn.Module):
         margin, hop = 3, self.cfg.hop  # of `Decoder.inp` (7 // 2); of `Decoder.up` it is under 2 frames
         z, x, state = None, None, None  # latents and LSTM outputs from which the next frames will be made
         z_past, x_past, place = 0, 0, 0  # how many frames of each are context only; at which frame x begins
-        for chunk, last in mark_last(chunks):
-            new = self.quantizer.decode(chunk) if chunk is not None else z[:, :0]
+        for chunk in itertools.chain(chunks, [None]):  # None: that was the last
+            new = z[:, :0] if chunk is None else self.quantizer.decode(chunk)
             z = new if z is None else torch.cat((z, new), 1)
-            ready = z.shape[1] - (0 if last else margin)
+            ready = z.shape[1] - (0 if chunk is None else margin)
             if ready > z_past:
                 y, state = self.decoder.lstm(self.decoder.inp(z)[:, z_past:ready], state)
                 x = y if x is None else torch.cat((x, y), 1)
                 z, z_past = z[:, max(ready - margin, 0) :], min(ready, margin)
             if x is None:
                 continue
-            ready = x.shape[1] - (0 if last else margin)
+            ready = x.shape[1] - (0 if chunk is None else margin)
             if ready > x_past:
                 yield self.decoder.to_wave(x, place)[:, x_past * hop : ready * hop, 0]
                 place += max(ready - margin, 0)
@@ -404,10 +382,7 @@ class Codec(nn.Module):
     @staticmethod
     def load(path, device="cpu") -> "Codec":
         """The codec in a checkpoint, in evaluation mode and float32. ValueError where the file is not one."""
-        return Codec.from_checkpoint(load_checkpoint(path, "nanoaudiogen codec"), path, device)
-
-    @staticmethod
-    def from_checkpoint(checkpoint: dict, path, device="cpu") -> "Codec":
+        checkpoint = load_checkpoint(path, "nanoaudiogen codec")
         try:
             codec = Codec(CodecConfig(**checkpoint["config"]))
             codec.load_state_dict(checkpoint["model"])
@@ -415,13 +390,6 @@ class Codec(nn.Module):
             reason = str(e).splitlines()[0]
             raise ValueError(f"{path}: of another version ({reason}): train it again") from None
         return codec.to(device).eval()
-
-
-def mark_last(chunks):
-    """Each chunk with False, then once (None, True)."""
-    for chunk in chunks:
-        yield chunk, False
-    yield None, True
 
 
 def load_checkpoint(path, kind: str) -> dict:
@@ -640,10 +608,8 @@ def log_spectrum_distance(target, estimate, windows=(256, 512, 1024, 2048), floo
     total = 0.0
     for n in windows:
         window = torch.hann_window(n, device=target.device)
-        x, y = (
-            torch.stft(wave, n, n // 4, window=window, pad_mode="constant", return_complex=True).abs()
-            for wave in (target, estimate)
-        )
+        x, y = (torch.stft(wave, n, n // 4, window=window, pad_mode="constant", return_complex=True).abs()
+                for wave in (target, estimate))
         total = total + (x.clamp(min=floor).log10() - y.clamp(min=floor).log10()).abs().mean((1, 2))
     return total / len(windows)
 

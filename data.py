@@ -10,6 +10,7 @@ drawn from that, mixed in pairs (section 4). A source is 'world' (built in), a f
 import argparse
 import contextlib
 import csv
+import datetime
 import functools
 import glob
 import gzip
@@ -580,25 +581,14 @@ class AudioData:
             captions.append(words)
         return torch.stack(waves), captions
 
-    def select(self, split: str, limit: int | None = None) -> np.ndarray:
-        """The clips of a split in their order; with a limit that many of them, evenly spaced."""
+    def clips(self, split: str, length: int, limit: int | None = None) -> tuple[torch.Tensor, list, list]:
+        """Always the same clips, from their beginning: (n, length) float32, first captions, names. With a
+        limit that many of them, evenly spaced."""
         order = self.order[split]
         limit = min(limit or len(order), len(order))
-        return order[np.arange(limit) * len(order) // limit]
-
-    def clips(self, split: str, length: int, limit: int | None = None) -> tuple[torch.Tensor, list, list]:
-        """Always the same clips, from their beginning: (n, length) float32, first captions, names."""
-        ks = self.select(split, limit)
+        ks = order[np.arange(limit) * len(order) // limit]
         waves = torch.stack([self.read(k, length) for k in ks])
         return waves, [self.words[k][0] for k in ks], [self.names[k] for k in ks]
-
-    def held_out(self, split: str, limit: int | None = None) -> np.ndarray:
-        """(n,) bool: which of `clips(split, ..., limit)` join sources that the sound world holds apart."""
-        ks = self.select(split, limit)
-        return np.array([self.names[k].startswith("world/") and is_held_out(self.words[k][0]) for k in ks])
-
-    def captions(self, split: str = "train") -> list[str]:
-        return [caption for k in self.order[split] for caption in self.words[k]]
 
 class Tokenizer:
     """Words to ids: SentencePiece BPE (its unigrams never grow to whole words on a few captions), lower case,
@@ -664,6 +654,12 @@ def pick_device(name: str = "auto") -> torch.device:
         raise ValueError(f"--device {name}: not a device of this machine; it has {', '.join(there)}")
     return torch.device(name)
 
+def now(device: torch.device) -> float:
+    """The time in seconds, once the device has done all that it was told to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
 def fast_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on GPUs and on processors that multiply it natively (a third faster there), else float32."""
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)  # bool() is False: unknown to PyTorch
@@ -673,6 +669,15 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 def autocast(device: torch.device) -> torch.autocast:
     """Around a model's forward pass: the fast number format for what tolerates it."""
     return torch.autocast(device.type, fast_dtype(device), enabled=fast_dtype(device) != torch.float32)
+
+@torch.no_grad()
+def update_ema(average, model, step: int):
+    """The weights that are kept follow those that learn, quicker while the run is young. Buffers are copied:
+    codebooks are averages already."""
+    decay = min(0.999, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    for a, b in zip(average.buffers(), model.buffers()):
+        a.copy_(b)
 
 def lock_folder(folder: str):
     """Make `folder` and hold it, for as long as what is returned is kept: two runs would undo each other."""
@@ -711,7 +716,9 @@ def start_processes(device_name: str):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # The others wait while the first prepares the data, however long that takes.
+    patience = datetime.timedelta(days=1)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     return device, dist.get_rank(), world
 
 def first_then_all(make: Callable):
@@ -755,8 +762,8 @@ def count_bad(bad: int, grad_norm: torch.Tensor, step: int, path: str, say: Call
     if torch.isfinite(grad_norm):
         return 0
     if bad + 1 == 10:
-        raise ValueError(f"{bad + 1} steps in a row were not finite; {path} holds the last good one: "
-                         "lower lr in RECIPES and --resume")
+        then = f"--resume from {path}" if os.path.exists(path) else "start again"
+        raise ValueError(f"{bad + 1} steps in a row were not finite: lower lr in RECIPES and {then}")
     say(f"step {step}: the gradient is not finite; step skipped ({bad + 1} in a row)")
     return bad + 1
 

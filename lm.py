@@ -3,7 +3,7 @@
     text ids --TextEncoder--> u ;   Z = [u, v]   --causal transformer with cross-attention to u--> codes
 
 AudioGen (arXiv 2209.15352), section 3.2 and 3.3; guidance from section 3.2, eq. of the sampling distribution.
-Trained by `train_lm.py`; this file needs PyTorch alone and can be copied into another project.
+Trained by `train_lm.py`; this file and codec.py need PyTorch alone and can be copied into another project.
 
 - The K codes of a frame are embedded by K tables, whose mean is one vector; K heads predict the codes of the
   next frame independently of each other.
@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from codec import load_checkpoint
 
 SIZES = {  # decoder layers, heads, width, text encoder layers; parameters at K = 4, vocabulary 8000
     "tiny": (4, 4, 256, 2),  # 9 M (7 M with a small vocabulary), for a CPU
@@ -49,11 +51,7 @@ class LMConfig:
             raise ValueError(f"model size {self.size!r} is unknown: type --size " + " or ".join(SIZES))
         self.frames = self.frames or -(-2500 // self.streams)  # rounded up, as the codec does
         self.layers, self.heads, self.width, self.text_layers = SIZES[self.size]
-
-    @property
-    def codes(self) -> int:
-        """Codes per book, V."""
-        return 2048 // self.streams
+        self.codes = 2048 // self.streams  # per book, V
 
 
 def turns(places: int, size: int):
@@ -388,18 +386,3 @@ def choose(logp, noise, temperature: float = 1.0, top_k: int = 0, top_p: float =
         beyond = (ordered.cumsum(-1) - ordered) >= top_p  # the first code always stays
         logp = logp.masked_fill(beyond.gather(-1, order.argsort(-1)), -math.inf)
     return (logp - torch.log(-torch.log(noise.clamp(1e-10, 1 - 1e-7)))).argmax(-1)
-
-
-def load_checkpoint(path, kind: str) -> dict:
-    """A checkpoint of this kind, loaded without running code from the file; ValueError for anything else."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such checkpoint: train one first, or name another") from None
-    except Exception as e:  # noqa: BLE001 (torch.load raises a dozen types for broken files)
-        reason = (str(e).splitlines() or [type(e).__name__])[0][:80]
-        raise ValueError(f"{path}: truncated, or not a checkpoint ({reason}): name another file") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
-        found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
-        raise ValueError(f"{path}: expected a {kind}, found {found or 'another project'}: name another file")
-    return checkpoint

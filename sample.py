@@ -16,7 +16,7 @@ import io
 import os
 import struct
 import sys
-import time
+import timeit
 import zlib
 
 import numpy as np
@@ -71,29 +71,13 @@ def get_args():
 
 def find_weights(args):
     """(lm path, codec path): as named, else the newest lm.pt below out/, else pretrained/."""
-    lm = args.lm
-    if lm is None:
-        made = [os.path.join(d, "lm.pt") for d, _, files in os.walk("out") if "lm.pt" in files]
-        shipped = os.path.join(os.path.dirname(os.path.abspath(__file__)), "pretrained", "lm.pt")
-        lm = max(made, key=os.path.getmtime) if made else shipped
-        if not os.path.exists(lm):
-            raise FileNotFoundError("no weights found in out/ or pretrained/: type python train_codec.py && "
-                                    "python train_lm.py --streams 4, or name them with --lm and --codec")
+    made = [os.path.join(d, "lm.pt") for d, _, files in os.walk("out") if "lm.pt" in files]
+    shipped = os.path.join(os.path.dirname(os.path.abspath(__file__)), "pretrained", "lm.pt")
+    lm = args.lm or max(made, key=os.path.getmtime, default=shipped)
     if not os.path.exists(lm):
-        raise FileNotFoundError(f"{lm}: no such checkpoint: train one first, or name another")
+        raise FileNotFoundError(f"{lm}: no such checkpoint: type python train_codec.py && python train_lm.py "
+                                "--streams 4, or name others with --lm and --codec")
     return lm, args.codec or os.path.join(os.path.dirname(lm), "codec.pt")
-
-
-def clock(function, device, times=3):
-    """The shortest of a few runs, in seconds."""
-    best = float("inf")
-    for _ in range(times + 1):  # the first warms up
-        began = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
-    return best
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -144,12 +128,10 @@ def page(title, clips) -> str:
     for caption, settings, wave in clips:
         picture = base64.b64encode(png(spectrogram(wave))).decode()
         sound = base64.b64encode(wav_bytes(wave)).decode()
-        parts += [
-            f"<figure><h2>{html.escape(caption)}</h2>",
-            f"<img alt='spectrogram' src='data:image/png;base64,{picture}'>",
-            f"<audio controls src='data:audio/wav;base64,{sound}'></audio>",
-            f"<small>{html.escape(settings)}</small></figure>",
-        ]
+        parts += [f"<figure><h2>{html.escape(caption)}</h2>",
+                  f"<img alt='spectrogram' src='data:image/png;base64,{picture}'>",
+                  f"<audio controls src='data:audio/wav;base64,{sound}'></audio>",
+                  f"<small>{html.escape(settings)}</small></figure>"]
     return "\n".join(parts)
 
 
@@ -194,7 +176,7 @@ def main():
         start = codec.encode(D.load_audio(args.continue_from)[None].to(device))
         options["prefix"] = start.expand(len(prompts), -1, -1)
 
-    began, first_sound = time.perf_counter(), None
+    began, first_sound = D.now(device), None
     blocks = lm.generate_stream(text, frames, seeds=seeds, **options)
     if args.stream:
         waves = [[]]
@@ -203,16 +185,16 @@ def main():
         target.write(b"RIFF\xff\xff\xff\xffWAVEfmt " + struct.pack("<IHHIIHH", 16, 1, 1, 16000, 32000, 2, 16)
                      + b"data\xff\xff\xff\xff")
         for wave in codec.decode_stream(blocks):
-            first_sound = first_sound or time.perf_counter() - began
+            first_sound = first_sound or D.now(device) - began
             target.write((to_numpy(wave[0]) * 32767).astype("<i2").tobytes())
             target.flush()
             waves[0].append(wave[0])
         waves = [torch.cat(waves[0])]
     else:
         codes = torch.cat(list(blocks), 2)
-        made = time.perf_counter() - began
+        made = D.now(device) - began
         waves = list(codec.decode(codes))
-    spent = time.perf_counter() - began
+    spent = D.now(device) - began
 
     clips = []
     for i, (prompt, seed, wave) in enumerate(zip(prompts, seeds, waves)):
@@ -230,7 +212,7 @@ def main():
         f"{1000 * spent / frames:.1f} ms per frame; page: {os.path.join(args.out, 'index.html')}")
     if not args.stream:
         big = torch.ones(1 << 26, device=device)
-        bandwidth = big.numel() * 4 / clock(lambda: big.sum(), device)
+        bandwidth = big.numel() * 4 / min(timeit.repeat(lambda: big.sum().item(), number=1, repeat=4))
         floor = weights / bandwidth / (made / frames)
         say(f"language model {1000 * made / frames:.1f} ms per frame, of which reading its weights once "
             f"({weights / 1e6:.0f} MB at {bandwidth / 1e9:.0f} GB/s) is {100 * floor:.0f} %; "

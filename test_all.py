@@ -1456,7 +1456,7 @@ def test_the_three_commands_say_what_they_did(made):
     _, said = made
     assert "8 clips" in said["train_codec.py"][0] and "4.5 kbit/s" in said["train_codec.py"][0]
     assert "python train_lm.py --streams 4" in said["train_codec.py"][0]
-    assert "caption_accuracy" in said["train_lm.py"][0] and "python sample.py" in said["train_lm.py"][0]
+    assert "held out: loss" in said["train_lm.py"][0] and "python sample.py" in said["train_lm.py"][0]
     assert "codec resynthesis" in said["train_lm.py"][0]
     assert "x real time" in said["sample.py"][0] and "ms per frame" in said["sample.py"][0]
 

@@ -24,21 +24,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data as D
-from codec import (
-    Balancer,
-    Codec,
-    CodecConfig,
-    MelLoss,
-    STFTDiscriminator,
-    discriminator_loss,
-    feature_loss,
-    generator_loss,
-    load_checkpoint,
-    log_mel_distance,
-    log_spectrum_distance,
-    perplexity,
-    si_snr,
-)
+from codec import (Balancer, Codec, CodecConfig, MelLoss, STFTDiscriminator, discriminator_loss,
+                   feature_loss, generator_loss, load_checkpoint, log_mel_distance, log_spectrum_distance,
+                   perplexity, si_snr)
 
 # `tiny` was settled by short runs (see README); `paper` has not been run to its end. From the share
 # `frozen_from` of the run on the codes stay as they are and the decoder alone goes on: it learns to hiss,
@@ -50,7 +38,6 @@ RECIPES = {
 WEIGHTS = {"wave": 0.3, "mel": 1.0, "adversarial": 1.0, "feature": 1.0}  # shares: see codec.Balancer
 JUDGE_LR = 3e-4  # constant: the judge comes late, when the codec's own rate is falling
 COMMITMENT = 0.25  # stands outside the balancer: it does not pass through the output
-EMA = 0.999  # of the weights that are kept
 CLIP = 10.0  # on the norm of the gradient, which is 5 to 50 early on: there it is a normalisation
 
 
@@ -71,72 +58,37 @@ def get_args():
 
 
 @torch.no_grad()
-def evaluate(codec, waves):
-    """Held-out measures over waves (n, T), means over clips; and the reconstructions (n, T)."""
-
-    def clock():
-        if waves.is_cuda:
-            torch.cuda.synchronize()
-        return time.time()
-
-    start = clock()
+def evaluate(codec, waves, folder) -> str:
+    """Held-out measures over waves (n, T) in words, means over clips; four of the clips and what the codec
+    makes of them go into the folder."""
+    begin = D.now(waves.device)
     codes = torch.cat([codec.encode(wave) for wave in waves.split(8)])
-    middle = clock()
+    middle = D.now(waves.device)
     decoded = torch.cat([codec.decode(part)[:, : waves.shape[1]] for part in codes.split(8)])
-    end = clock()
-    effective, used = perplexity(codes, codec.cfg.codes)
-    return {
-        "kbps": codec.cfg.kbps,
-        "si_snr": si_snr(waves, decoded).median().item(),
-        "log_mel": log_mel_distance(waves, decoded).mean().item(),
-        "log_spectrum": log_spectrum_distance(waves, decoded).mean().item(),
-        "used": used,
-        "perplexity": effective,
-        "speed": [waves.numel() / D.SAMPLE_RATE / seconds for seconds in (middle - start, end - middle)],
-    }, decoded
-
-
-def report(m) -> str:
-    used = " ".join(f"{100 * u:.0f}" for u in m["used"])
-    effective = " ".join(f"{p:.0f}" for p in m["perplexity"])
-    return (
-        f"held out: {m['kbps']:.1f} kbit/s, SI-SNR {m['si_snr']:.2f} dB, log-mel {m['log_mel']:.3f}, "
-        f"log-spectrum {m['log_spectrum']:.3f}, % of books used {used}, perplexity {effective}; "
-        "encodes {:.0f} and decodes {:.0f} times faster than it plays".format(*m["speed"])
-    )
-
-
-def write_wavs(folder, waves, decoded, n=4):
+    end = D.now(waves.device)
     os.makedirs(folder, exist_ok=True)
-    for i in np.linspace(0, len(waves) - 1, min(n, len(waves))).astype(int):
+    for i in np.linspace(0, len(waves) - 1, min(4, len(waves))).astype(int):
         for name, wave in (("real", waves[i]), ("decoded", decoded[i])):
             path = os.path.join(folder, f"{i:03d}_{name}.wav")
             soundfile.write(path, wave.clamp(-1, 1).cpu().numpy(), D.SAMPLE_RATE)
+    effective, used = perplexity(codes, codec.cfg.codes)
+    used = " ".join(f"{100 * u:.0f}" for u in used)
+    effective = " ".join(f"{p:.0f}" for p in effective)
+    seconds = waves.numel() / D.SAMPLE_RATE
+    return (f"held out: {codec.cfg.kbps:.1f} kbit/s, SI-SNR {si_snr(waves, decoded).median():.2f} dB, "
+            f"log-mel {log_mel_distance(waves, decoded).mean():.3f}, "
+            f"log-spectrum {log_spectrum_distance(waves, decoded).mean():.3f}, "
+            f"% of books used {used}, perplexity {effective}; encodes {seconds / (middle - begin):.0f} "
+            f"and decodes {seconds / (end - middle):.0f} times faster than it plays")
 
 
-@torch.no_grad()
-def update_ema(average, model, decay):
-    """Weights are averaged; codebooks, which are averages already, are copied."""
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-    for a, b in zip(average.buffers(), model.buffers()):
-        a.copy_(b)
-
-
-def average_gradients(parameters, world):
-    """All-reduce by hand: the balancer calls backward in ways that DistributedDataParallel does not see."""
+def mean_over_processes(tensors, world):
+    """In place, by hand: the balancer calls backward in ways that DistributedDataParallel does not see."""
     if world > 1:
-        flat = torch.cat([p.grad.flatten() for p in parameters])
+        flat = torch.cat([x.flatten() for x in tensors])
         dist.all_reduce(flat)
-        for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad.copy_(g.view_as(p) / world)
-
-
-def mean_over_processes(values: dict, world) -> dict:
-    """Scalars by name, as one process that holds the whole batch would see them."""
-    mean = torch.stack([value.detach() for value in values.values()])
-    if world > 1:
-        dist.all_reduce(mean)
-    return dict(zip(values, (mean / world).tolist()))
+        for x, mean in zip(tensors, (flat / world).split([x.numel() for x in tensors])):
+            x.copy_(mean.view_as(x))
 
 
 def lr_factor(step, steps):
@@ -149,15 +101,11 @@ def health(effective, codes, accuracy, grad_norm):
     """What a person should know about this step, as sentences."""
     for k, p in enumerate(effective):
         if p < codes / 10:
-            yield (
-                f"stream {k + 1} uses only {p:.0f} of {codes} codes: the codebook is collapsing. Early in a "
-                "run it recovers by itself; later lower lr in RECIPES, raise --batch, or add data."
-            )
+            yield (f"stream {k + 1} uses only {p:.0f} of {codes} codes: the codebook is collapsing. Early in "
+                   "a run it recovers by itself; later lower lr in RECIPES, raise --batch, or add data.")
     if accuracy > 0.95:
-        yield (
-            f"the discriminator is right {100 * accuracy:.0f} % of the time: it has won, and its gradient "
-            "says little. Start it later (frozen_from) or make it smaller (d_filters in RECIPES)."
-        )
+        yield (f"the discriminator is right {100 * accuracy:.0f} % of the time: it has won, and its gradient "
+               "says little. Start it later (frozen_from) or make it smaller (d_filters in RECIPES).")
     if grad_norm > 10 * CLIP:
         yield f"the gradient's norm is {grad_norm:.0f}: training is unstable. Lower lr in RECIPES."
 
@@ -170,8 +118,7 @@ def main():
     recipe = RECIPES[args.size]
     steps, batch = args.steps or recipe["steps"], args.batch or recipe["batch"]
     config = CodecConfig(args.streams, args.size)
-    path = os.path.join(args.out, "codec.pt")
-    resume_path = os.path.join(args.out, "codec_train.pt")
+    path, resume_path, wavs = (f"{args.out}/{name}" for name in ("codec.pt", "codec_train.pt", "codec_wavs"))
     say = tqdm.write if first else lambda *_: None
     if batch % world:
         raise ValueError(f"--batch {batch}: cannot be shared by {world} processes, type a multiple of that")
@@ -185,9 +132,7 @@ def main():
     mel = MelLoss().to(device)
 
     if args.eval_only:
-        measures, decoded = evaluate(Codec.load(path, device), held_out)
-        write_wavs(os.path.join(args.out, "codec_wavs"), held_out, decoded)
-        return say(report(measures))
+        return say(evaluate(Codec.load(path, device), held_out, wavs))
 
     # Models: the codec, its running average (the one that is kept), and the adversary.
     torch.manual_seed(args.seed)
@@ -270,9 +215,8 @@ def main():
             for p, g in zip(judge_parameters, gradients):
                 p.grad = g
             hits = sum((r > 0).float().mean() + (f < 0).float().mean() for r, f in zip(real, fake))
-            if world > 1:
-                dist.all_reduce(hits)  # all must agree on whether D has a say
-            accuracy += 0.02 * (hits.item() / (2 * len(real) * world) - accuracy)
+            mean_over_processes([hits], world)  # all must agree on whether D has a say
+            accuracy += 0.02 * (hits.item() / (2 * len(real)) - accuracy)
             losses["adversarial"] = generator_loss(fake)
             losses["feature"] = feature_loss(real_features, fake_features)
             edge = max(0.0, min(1.0, 2 * accuracy - 1))
@@ -284,21 +228,21 @@ def main():
         else:
             torch.autograd.backward((output, COMMITMENT * commitment), (gradient, None))
         trained = [p for p in parameters if p.grad is not None]
-        average_gradients(trained, world)
+        mean_over_processes([p.grad for p in trained], world)
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, CLIP)
 
-        bad = D.count_bad(bad, grad_norm, step, path, say)
+        bad = D.count_bad(bad, grad_norm, step, resume_path, say)
         if not bad:
             optimizer.step()
             if "feature" in losses:
-                average_gradients(judge_parameters, world)
+                mean_over_processes([p.grad for p in judge_parameters], world)
                 judge_optimizer.step()
-            decay = min(EMA, (1 + step) / (10 + step))
-            update_ema(average.decoder if frozen else average, codec.decoder if frozen else codec, decay)
+            D.update_ema(average.decoder if frozen else average, codec.decoder if frozen else codec, step)
 
         done, stopping = step + 1, stopper.asked(device)
         if done % log_every == 0:
-            means = mean_over_processes(losses | {"commitment": commitment}, world)
+            means = {name: value.detach() for name, value in (losses | {"commitment": commitment}).items()}
+            mean_over_processes(means.values(), world)
         if done % log_every == 0 and first:
             # One batch may be all silence: its use of the books is shown, but they are judged over a hundred.
             _, used = perplexity(codes, config.codes)
@@ -306,7 +250,7 @@ def main():
             effective = torch.special.entr(counts / counts.sum(1, keepdim=True)).sum(1).exp().tolist()
             speed = (done - clock_step) * batch * recipe["seconds"] / (time.time() - clock)
             clock, clock_step = time.time(), done
-            row = {"step": done} | {name: means.get(name, "") for name in (*WEIGHTS, "commitment")}
+            row = {"step": done} | dict.fromkeys(WEIGHTS, "") | {k: mean.item() for k, mean in means.items()}
             row |= {"accuracy": accuracy, "grad_norm": grad_norm.item()}
             row |= {f"perplexity{k}": p for k, p in enumerate(effective)}
             row |= {f"used{k}": u for k, u in enumerate(used)}
@@ -328,10 +272,7 @@ def main():
             return say(f"{stopper.signal}: saved step {done} to {resume_path}; go on with --resume")
         if (done % eval_every == 0 or done == steps) and first:
             # Every fourth clip is enough on the way; the last word is spoken over all of them.
-            clips = held_out if done == steps else held_out[::4]
-            measures, decoded = evaluate(average, clips)
-            say(report(measures))
-            write_wavs(os.path.join(args.out, "codec_wavs"), clips, decoded)
+            say(evaluate(average, held_out if done == steps else held_out[::4], wavs))
     say(f"codec saved to {path}; next: python train_lm.py --streams {config.streams}")
 
 

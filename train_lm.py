@@ -26,8 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data as D
-from codec import Codec
-from lm import AudioLM, LMConfig, load_checkpoint
+from codec import Codec, load_checkpoint
+from lm import AudioLM, LMConfig
 
 # `tiny` comes from a few short runs (see README); `base` and `large` follow the paper.
 RECIPES = {
@@ -42,7 +42,6 @@ SECONDS = 5  # of every training example
 LOUD = 0.2  # a crop quieter than this share of its clip's peak lacks what the caption speaks of: draw again
 CAPTION_DROPOUT = 0.1  # captions ignored in training, so that guidance has something to lean away from
 DEAF = 0.1  # clips whose past is not heard, so that words alone must tell what sounds: they are learnt sooner
-EMA = 0.999  # of the weights that are kept; quicker while the run is young
 WRONGS = 4  # captions of other clips that the true one is compared with at the end
 COOLDOWN = 0.3  # share of the run at whose end the learning rate falls to zero
 
@@ -74,16 +73,6 @@ def get_args():
 # Evaluation
 
 
-@torch.no_grad()
-def clip_losses(lm, codes, text, micro=8):
-    """Cross-entropy of each clip and stream (B, K), in nats per code."""
-    losses = []
-    for c, t in zip(codes.split(micro), text.split(micro)):
-        logits = lm.predict(lm.text_encoder(t), c).float()  # (b, K, F, V)
-        losses.append(F.cross_entropy(logits.permute(0, 3, 1, 2), c, reduction="none").mean(2))
-    return torch.cat(losses)
-
-
 def wrong_captions(captions, seed=0):
     """For every clip the caption of another clip that says something else."""
     rng = np.random.default_rng(seed)
@@ -93,19 +82,13 @@ def wrong_captions(captions, seed=0):
 
 def frechet(x, y):
     """Fréchet distance of two clouds (N, D) taken as Gaussians: |m - n|^2 + tr(A + B - 2 (A B)^(1/2))."""
-    x, y = x.double(), y.double()
+    x, y = x.cpu().double(), y.cpu().double()
     A, B = x.T.cov(), y.T.cov()
     values, vectors = torch.linalg.eigh(A)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # A^(1/2)
     cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()
     distance = (x.mean(0) - y.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross
     return max(0.0, float(distance))  # rounding can put it below
-
-
-@torch.no_grad()
-def embed(codec, waves):
-    """Waves (n, T) to the codec's latents (n, F, D), the space in which sounds are compared here."""
-    return torch.cat([codec.latents(wave) for wave in waves.split(8)])
 
 
 class ClassCentres:
@@ -124,19 +107,25 @@ class ClassCentres:
         self.centres = centres @ self.whiten
 
     def features(self, latents):
-        return torch.cat((latents.mean(1), latents.std(1).clamp(min=1e-4).log()), 1).double()
+        return torch.cat((latents.mean(1), latents.std(1).clamp(min=1e-4).log()), 1).cpu().double()
 
     def accuracy(self, latents, captions):
         nearest = torch.cdist(self.features(latents) @ self.whiten, self.centres).argmin(1)
         return float(np.mean([self.names[i] == c for i, c in zip(nearest.tolist(), captions)]))
 
 
+@torch.no_grad()
 def measure(lm, tokenizer, held_out, device, wrongs=1):
     """Numbers by name: loss per stream, and caption accuracy against so many wrong captions of each clip."""
     codes, captions, pairs = held_out
 
     def losses(captions):
-        return clip_losses(lm, codes, tokenizer.batch(captions, lm.cfg.window).to(device))  # (B, K)
+        """Cross-entropy of each clip and stream (B, K), in nats per code."""
+        text, parts = tokenizer.batch(captions, lm.cfg.window).to(device), []
+        for c, t in zip(codes.split(8), text.split(8)):
+            logits = lm.predict(lm.text_encoder(t), c).float()  # (b, K, F, V)
+            parts.append(F.cross_entropy(logits.permute(0, 3, 1, 2), c, reduction="none").mean(2))
+        return torch.cat(parts)
 
     true = losses(captions)
     result = {"loss": true.mean().item()} | {f"loss{k}": x for k, x in enumerate(true.mean(0).tolist())}
@@ -151,22 +140,20 @@ def measure(lm, tokenizer, held_out, device, wrongs=1):
     return result
 
 
+@torch.no_grad()
 def listen(lm, codec, tokenizer, data, device, guidance, folder, say, each=4):
     """Generate, and place the sounds beside real ones: the table of rows that gives the numbers a meaning."""
     length = SECONDS * D.SAMPLE_RATE
     train, train_captions, _ = data.clips("train", length, limit=400)
     real, captions, _ = data.clips("val", length, limit=80)
-    real_z = embed(codec, real.to(device))
-    train_z = embed(codec, train.to(device))
     decoded = torch.cat([codec.decode(codec.encode(w)) for w in real.to(device).split(8)])
     classes = sorted(set(train_captions))
     judged = len(classes) <= 50 and len(train_captions) >= 4 * len(classes)
     prompts = [c for c in classes for _ in range(each)] if judged else captions[:40]
     text = tokenizer.batch(prompts, lm.cfg.window).to(device)
     waves = []
-    for i in range(0, len(prompts), 20):
-        seeds = range(i, i + len(text[i : i + 20]))
-        codes = lm.generate(text[i : i + 20], lm.cfg.frames, seeds=seeds, guidance=guidance)
+    for part, seeds in zip(text.split(20), torch.arange(len(text)).split(20)):
+        codes = lm.generate(part, lm.cfg.frames, seeds=seeds, guidance=guidance)
         waves.append(codec.decode(codes))
     waves = torch.cat(waves)
     os.makedirs(folder, exist_ok=True)
@@ -174,17 +161,17 @@ def listen(lm, codec, tokenizer, data, device, guidance, folder, say, each=4):
         name = "".join(c if c.isalnum() else "_" for c in prompt)[:60]
         path = os.path.join(folder, f"{i:03d}_{name}.wav")
         soundfile.write(path, wave.clamp(-1, 1).cpu().numpy(), D.SAMPLE_RATE)
-    rows = {
-        "real, training": (train_z, train_captions),
-        "real, held out": (real_z, captions),
-        "codec resynthesis": (embed(codec, decoded), captions),
-        f"generated at {guidance:g}": (embed(codec, waves), prompts),
-    }
-    centres = ClassCentres(train_z, train_captions) if judged else None
+    rows = {"real, training": (train, train_captions), "real, held out": (real, captions),
+            "codec resynthesis": (decoded, captions), f"generated at {guidance:g}": (waves, prompts)}
+    z = {}  # the codec's latents (n, F, D): the space in which sounds are compared here
+    for name, (sounds, _) in rows.items():
+        z[name] = torch.cat([codec.latents(part.to(device)) for part in sounds.split(8)])
+    centres = ClassCentres(z["real, training"], train_captions) if judged else None
     say(f"{'':24}{'Fréchet distance':>18}{'nearest class':>15}")
-    for name, (z, names) in rows.items():
-        accuracy = f"{centres.accuracy(z, names):.3f}" if judged else "n/a"
-        say(f"{name:24}{frechet(real_z.flatten(0, 1), z.flatten(0, 1)):18.3f}{accuracy:>15}")
+    for name, (_, names) in rows.items():
+        distance = frechet(z["real, held out"].flatten(0, 1), z[name].flatten(0, 1))
+        accuracy = f"{centres.accuracy(z[name], names):.3f}" if judged else "n/a"
+        say(f"{name:24}{distance:18.3f}{accuracy:>15}")
 
 
 def as_text(measures):
@@ -252,11 +239,6 @@ def make_optimizers(lm, lr, cuda, shard):
     return {"muon": torch.optim.Muon(matrices, **muon), "adamw": torch.optim.AdamW(groups, **adamw)}
 
 
-@torch.no_grad()
-def update_ema(average, model, decay):
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-
-
 def main():
     args = get_args()
     device, rank, world = D.start_processes(args.device)
@@ -280,18 +262,22 @@ def main():
 
     args.size = trained.cfg.size if trained else args.size or ("base" if cuda else "tiny")
     recipe = RECIPES[args.size]
+    if not 0 <= args.mix <= 1:
+        raise ValueError(f"--mix {args.mix}: expected a share from 0 to 1")
     steps, batch = args.steps or recipe["steps"], args.batch or recipe["batch"]
     if batch % world:
         raise ValueError(f"--batch {batch}: cannot be shared by {world} processes, type a multiple of that")
-    micro = min(args.micro or recipe["micro"], batch // world)
-    accumulate = -(-batch // (world * micro))  # rounded up
+    most = args.micro or recipe["micro"]
+    micro = max(n for n in range(1, most + 1) if batch // world % n == 0)
+    accumulate = batch // (world * micro)
 
     # Data, and the held-out clips as codes: they do not change.
     data = D.first_then_all(lambda: D.AudioData(args.data, args.out, args.seed, log=say))
     length = SECONDS * D.SAMPLE_RATE
-    waves, captions, _ = data.clips("val", length, limit=120)
+    waves, captions, names = data.clips("val", length, limit=120)
     codes = torch.cat([codec.encode(wave) for wave in waves.to(device).split(8)])
-    held_out = codes, captions, torch.from_numpy(data.held_out("val", limit=120)).to(device)
+    pairs = [name.startswith("world/") and D.is_held_out(words) for name, words in zip(names, captions)]
+    held_out = codes, captions, torch.tensor(pairs, device=device)
 
     if args.eval_only:
         lm = AudioLM.load(path, device, codec.hash())
@@ -302,12 +288,15 @@ def main():
     beside = os.path.join(args.out, "codec.pt")
     if first and not os.path.exists(beside):
         D.save_atomic(codec.checkpoint(), beside)  # sample.py looks for it where lm.pt is
+    elif first and Codec.load(beside).hash() != codec.hash():
+        raise ValueError(f"{beside}: is another codec than {codec_path}: choose another --out")
     cached = args.mix == 0 and D.first_then_all(lambda: CachedCodes(codec, data, args.out, say))
     torch.manual_seed(args.seed)
     if trained:
         lm, tokenizer = trained, D.Tokenizer(trained.tokenizer)
     else:
-        tokenizer = D.Tokenizer.train(data.captions("train"), recipe["vocab"])
+        words = [caption for k in data.order["train"] for caption in data.words[k]]
+        tokenizer = D.Tokenizer.train(words, recipe["vocab"])
         sizes = {"vocab": tokenizer.vocab_size, "window": WINDOW[args.size], "dropout": DROPOUT[args.size]}
         lm = AudioLM(LMConfig(streams, args.size, **sizes))
         lm.start_from(torch.stack([book.embed for book in codec.quantizer.books]).cpu())
@@ -357,7 +346,7 @@ def main():
         logging = done % log_every == 0
         for i in range(accumulate):
             rng = np.random.default_rng((args.seed, step, rank, i))
-            began = time.time()
+            began = D.now(device)
             if cached:
                 codes, captions = cached.batch(micro * parts, length // parts, rng, LOUD)
                 codes = codes.to(device)  # (B, K, F)
@@ -367,7 +356,7 @@ def main():
             captions = ["" if rng.random() < CAPTION_DROPOUT else c for c in captions]
             text = tokenizer.batch(captions, config.window).to(device)
             heard = torch.from_numpy(rng.random(len(codes)) >= DEAF).to(device)
-            encoding += time.time() - began
+            encoding += D.now(device) - began
             last = i == accumulate - 1
             with contextlib.nullcontext() if last or world == 1 else model.no_sync():  # sync gradients once
                 with D.autocast(device):
@@ -377,11 +366,11 @@ def main():
                 nll = F.cross_entropy(logits.detach().float().permute(0, 3, 1, 2), codes, reduction="none")
                 stream_losses = stream_losses + nll.mean((0, 2)) / accumulate  # (K,)
         grad_norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
-        bad = D.count_bad(bad, grad_norm, step, path, say)
+        bad = D.count_bad(bad, grad_norm, step, resume_path, say)
         if not bad:
             for optimizer in optimizers.values():
                 optimizer.step()
-            update_ema(average, lm, min(EMA, (1 + step) / (10 + step)))
+            D.update_ema(average, lm, step)
         lm.zero_grad()
 
         stopping = stopper.asked(device)
