@@ -252,15 +252,16 @@ class VectorQuantizer(nn.Module):
         self.total.copy_(torch.where(dead[:, None], self.embed * self.count[:, None], self.total))
 
     @torch.no_grad()
-    def forward(self, x):
-        """(N, D) to quantized (N, D) and index (N,); in training mode the book then learns from x."""
-        if self.training and not self.is_started:
+    def forward(self, x, learn: bool = True):
+        """(N, D) to quantized (N, D) and index (N,); in training mode the book may then learn from x."""
+        learn = learn and self.training
+        if learn and not self.is_started:
             if not self.started:
                 self.start(x)
             self.is_started = True
         index = self.nearest(x)
         quantized = self.embed[index]
-        if self.training:
+        if learn:
             self.update(torch.nan_to_num(x, 0, 0, 0), index)  # one bad step must not poison the book for ever
         return quantized, index
 
@@ -272,7 +273,7 @@ class ResidualVQ(nn.Module):
         super().__init__()
         self.books = nn.ModuleList(VectorQuantizer(codes, dim, decay, revive) for _ in range(streams))
 
-    def forward(self, z):
+    def forward(self, z, learn: bool = True):
         """z (B, F, D) -> z_q (B, F, D) with straight-through gradient, codes (B, K, F), commitment loss ().
 
         All in float32: squared distances of nearby vectors drown in the rounding of 16-bit floats."""
@@ -282,7 +283,7 @@ class ResidualVQ(nn.Module):
             residual = z.reshape(-1, D)  # (N, D)
             codes, commitment = [], 0.0
             for book in self.books:
-                quantized, index = book(residual)
+                quantized, index = book(residual, learn)
                 commitment = commitment + F.mse_loss(residual, quantized)
                 residual = residual - quantized
                 codes.append(index.view(B, F_))
@@ -329,12 +330,7 @@ class Codec(nn.Module):
     def encode(self, wave):
         """Wave (B, T) in [-1, 1] at 16 kHz to codes (B, K, F) int64, F = ceil(T / hop). Never learns."""
         with torch.autocast(wave.device.type, enabled=False):
-            residual = self.latents(wave).flatten(0, 1)  # (N, D)
-            codes = []
-            for book in self.quantizer.books:
-                codes.append(book.nearest(residual))
-                residual = residual - book.embed[codes[-1]]
-        return torch.stack(codes, 1).view(len(wave), -1, len(codes)).transpose(1, 2).contiguous()
+            return self.quantizer(self.latents(wave), learn=False)[1]
 
     @torch.no_grad()
     def decode(self, codes):
