@@ -200,7 +200,7 @@ def main():
             output = torch.cat(drawn)[:, :crop, 0].float()
             wave_hat, other = output.chunk(2)
             losses = {"wave": ((wave_hat + other) / 2 - wave).abs().mean()}
-            weights["wave"] /= 3
+            weights["wave"] /= 10
         losses["mel"] = mel(wave, wave_hat, other)
         if frozen and recipe["d_filters"]:
             # One forward of D serves both sides. It hears every clip at the same loudness (quiet ones would
