@@ -1919,6 +1919,14 @@ def test_refused_training_an_lm_without_a_codec_or_with_another(refused, made, c
     assert "python train_codec.py --streams 8" in line
 
 
+def test_refused_shares_beyond_one_and_another_codec_in_out(refused, made, clips, codecs, tmp_path):
+    codec = made[0] / "out" / "codec.pt"
+    assert "--mix 2" in refused(train_lm, "--data", clips, "--codec", codec, "--mix", 2)
+    (tmp_path / "out").mkdir(exist_ok=True)
+    torch.save(codecs[4].checkpoint(), tmp_path / "out" / "codec.pt")
+    assert "another codec" in refused(train_lm, "--data", clips, "--codec", codec)
+
+
 def test_refused_number_of_streams(refused, clips):
     assert "1, 2, 4, 8" in refused(train_codec, "--data", clips, "--streams", 3)
 
