@@ -30,7 +30,7 @@ SIZES = {  # decoder layers, heads, width, text encoder layers; parameters at K 
     "base": (24, 12, 768, 7),  # 285 M, as the paper's base
     "large": (36, 20, 1280, 3),  # 1 B, as the paper's large
 }
-FINE = 0.2  # temperature of all streams but the first, as a share of the first's: see `generate_stream`
+FINE = 0.5  # temperature of all streams but the first, as a share of the first's: see `generate_stream`
 
 
 @dataclass
@@ -266,7 +266,7 @@ class AudioLM(nn.Module):
         A prompt's result depends on its own seed, not on the batch. Guidance g samples from
         g log p(v | text) + (1 - g) log p(v), where `negative` (B, N) may stand in for "no text". The heads do
         not know of each other's choice: drawn freely, the codes of a frame seldom fit, and that sounds as
-        noise. So all streams but the first keep close to their likeliest code (see README). `prefix`
+        noise. So all streams but the first keep nearer to their likeliest code (see README). `prefix`
         (B, K, P) is continued and not repeated. Past the trained length the window slides: the model goes on
         from the second half of what it can see."""
         B = len(text)
