@@ -30,7 +30,6 @@ SIZES = {  # decoder layers, heads, width, text encoder layers; parameters at K 
     "base": (24, 12, 768, 7),  # 285 M, as the paper's base
     "large": (36, 20, 1280, 3),  # 1 B, as the paper's large
 }
-FINE = 0.5  # temperature of all streams but the first, as a share of the first's: see `generate_stream`
 
 
 @dataclass
@@ -264,9 +263,7 @@ class AudioLM(nn.Module):
         """Text ids (B, N) to an iterator of code blocks (B, K, up to `block`), `frames` in all.
 
         A prompt's result depends on its own seed, not on the batch. Guidance g samples from
-        g log p(v | text) + (1 - g) log p(v), where `negative` (B, N) may stand in for "no text". The heads do
-        not know of each other's choice: drawn freely, the codes of a frame seldom fit, and that sounds as
-        noise. So all streams but the first keep nearer to their likeliest code (see README). `prefix`
+        g log p(v | text) + (1 - g) log p(v), where `negative` (B, N) may stand in for "no text". `prefix`
         (B, K, P) is continued and not repeated. Past the trained length the window slides: the model goes on
         from the second half of what it can see."""
         B = len(text)
@@ -285,8 +282,6 @@ class AudioLM(nn.Module):
         shape = (cfg.layers, 2, len(u), cfg.heads, places, cfg.width // cfg.heads)
         cache = torch.zeros(shape, dtype=kept, device=u.device)
 
-        share = torch.full((cfg.streams, 1), FINE, device=u.device)  # of the temperature
-        share[0] = 1
         history = text.new_zeros(B, self.cfg.streams, 0) if prefix is None else prefix
         made = 0
         while made < frames:
@@ -304,8 +299,7 @@ class AudioLM(nn.Module):
                 noise = torch.stack([torch.rand(shape, generator=g) for g in generators]).to(u.device)
                 codes = []
                 for i in range(n):
-                    scores = guide(logits, guidance) / share  # (B, K, V)
-                    code = choose(scores, noise[:, i], temperature, top_k, top_p)  # (B, K)
+                    code = choose(guide(logits, guidance), noise[:, i], temperature, top_k, top_p)  # (B, K)
                     codes.append(code)
                     position = given + first + i + 1
                     if position < cfg.frames:

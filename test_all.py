@@ -1244,16 +1244,6 @@ def test_the_ends_of_the_noise_are_harmless():
         assert choose(logp, torch.full((1, 1, 3), value)).item() == 0
 
 
-def test_streams_after_the_first_keep_close_to_their_likeliest_code(lm):
-    drawn = lm.generate(TEXT[:1].expand(1000, -1), 1, guidance=1)[:, :, 0]  # (1000, 2)
-    with torch.no_grad():
-        logits = lm.predict(lm.text_encoder(TEXT[:1]), drawn[:1, :, None])[0, :, 0]  # (2, V)
-    for k, share in enumerate((1, lm_py.FINE)):
-        logp = (logits[k] / share).log_softmax(-1)
-        entropy = -(logp.exp() * logp).sum().item()
-        assert -logp[drawn[:, k]].mean().item() == pytest.approx(entropy, rel=0.1)
-
-
 def test_a_prompts_sound_does_not_depend_on_the_batch(lm):
     both, alone = lm.generate(TEXT, 24, seeds=[5, 7]), lm.generate(TEXT[1:], 24, seeds=[7])
     assert torch.equal(both[1:], alone)
