@@ -610,9 +610,13 @@ def log_spectrum_distance(target, estimate, windows=(256, 512, 1024, 2048), floo
     return total / len(windows)
 
 
+def effective_codes(count) -> float:
+    """How often each code of a book was used (V,) -> the effective number in use (exp of the entropy)."""
+    return math.exp(torch.special.entr(count / count.sum()).sum())
+
+
 def perplexity(codes, size: int):
     """Codes (B, K, F) -> for each stream the effective number of codes in use (exp of the entropy), and the
     share of the book that is used at all; two lists of K floats."""
     counts = [torch.bincount(stream.flatten(), minlength=size).float() for stream in codes.unbind(1)]
-    entropy = [torch.special.entr(c / c.sum()).sum() for c in counts]
-    return [math.exp(e) for e in entropy], [float((c > 0).float().mean()) for c in counts]
+    return [effective_codes(c) for c in counts], [float((c > 0).float().mean()) for c in counts]

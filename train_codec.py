@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 import data as D
 from codec import (Balancer, Codec, CodecConfig, MelLoss, STFTDiscriminator, discriminator_loss,
-                   feature_loss, generator_loss, load_checkpoint, log_mel_distance, log_spectrum_distance,
-                   perplexity, si_snr)
+                   effective_codes, feature_loss, generator_loss, load_checkpoint, log_mel_distance,
+                   log_spectrum_distance, perplexity, si_snr)
 
 # `tiny` was settled by short runs (see README); `paper` has not been run to its end. From the share
 # `frozen_from` of the run on the codes stay as they are and the decoder alone goes on: it learns to hiss,
@@ -246,8 +246,7 @@ def main():
         if done % log_every == 0 and first:
             # One batch may be all silence: its use of the books is shown, but they are judged over a hundred.
             _, used = perplexity(codes, config.codes)
-            counts = torch.stack([book.count for book in codec.quantizer.books])  # (K, V)
-            effective = torch.special.entr(counts / counts.sum(1, keepdim=True)).sum(1).exp().tolist()
+            effective = [effective_codes(book.count) for book in codec.quantizer.books]
             speed = (done - clock_step) * batch * recipe["seconds"] / (time.time() - clock)
             clock, clock_step = time.time(), done
             row = {"step": done} | dict.fromkeys(WEIGHTS, "") | {k: mean.item() for k, mean in means.items()}

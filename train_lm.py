@@ -224,9 +224,8 @@ def make_optimizers(lm, lr, cuda, shard):
     Muon (Jordan et al. 2024) takes the same step in all directions of a matrix, be their gradient large or
     small, scaled to the size of AdamW's (arXiv 2502.16982). Vectors do not decay. Sharded, a process keeps
     the state of its part only."""
-    blocks = {p for name, p in lm.named_parameters() if "blocks" in name and p.dim() == 2}
-    matrices = [p for p in lm.parameters() if p in blocks]
-    tables = [p for p in lm.parameters() if p not in blocks and p.dim() == 2]
+    matrices = [p for name, p in lm.named_parameters() if p.dim() == 2 and "blocks" in name]
+    tables = [p for name, p in lm.named_parameters() if p.dim() == 2 and "blocks" not in name]
     vectors = [p for p in lm.parameters() if p.dim() == 1]
     groups = [{"params": tables, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     muon = {"lr": lr, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
@@ -288,7 +287,7 @@ def main():
     beside = os.path.join(args.out, "codec.pt")
     if first and not os.path.exists(beside):
         D.save_atomic(codec.checkpoint(), beside)  # sample.py looks for it where lm.pt is
-    elif first and Codec.load(beside).hash() != codec.hash():
+    elif first and not os.path.samefile(beside, codec_path) and Codec.load(beside).hash() != codec.hash():
         raise ValueError(f"{beside}: is another codec than {codec_path}: choose another --out")
     cached = args.mix == 0 and D.first_then_all(lambda: CachedCodes(codec, data, args.out, say))
     torch.manual_seed(args.seed)
@@ -346,7 +345,7 @@ def main():
         logging = done % log_every == 0
         for i in range(accumulate):
             rng = np.random.default_rng((args.seed, step, rank, i))
-            began = D.now(device)
+            began = D.now(device) if logging else 0.0  # it waits for the GPU: not at every step
             if cached:
                 codes, captions = cached.batch(micro * parts, length // parts, rng, LOUD)
                 codes = codes.to(device)  # (B, K, F)
@@ -356,7 +355,7 @@ def main():
             captions = ["" if rng.random() < CAPTION_DROPOUT else c for c in captions]
             text = tokenizer.batch(captions, config.window).to(device)
             heard = torch.from_numpy(rng.random(len(codes)) >= DEAF).to(device)
-            encoding += D.now(device) - began
+            encoding += D.now(device) - began if logging else 0.0
             last = i == accumulate - 1
             with contextlib.nullcontext() if last or world == 1 else model.no_sync():  # sync gradients once
                 with D.autocast(device):
@@ -378,7 +377,8 @@ def main():
             elapsed = time.time() - clock
             speed = (done - clock_step) * frames_per_step / elapsed
             mfu = f"{100 * speed * lm.flops_per_frame() / world / peak:.1f} %" if peak else "n/a"
-            share, clock, clock_step, encoding = encoding / elapsed, time.time(), done, 0.0
+            share = encoding * (done - clock_step) / elapsed  # of this step, in an average one
+            clock, clock_step, encoding = time.time(), done, 0.0
             row = {"step": done, "loss": stream_losses.mean().item(), "grad_norm": grad_norm.item()}
             row |= {f"loss{k}": value for k, value in enumerate(stream_losses.tolist())}
             log.write([row])
