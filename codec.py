@@ -10,8 +10,7 @@ What differs from the reference code (facebookresearch/encodec and audiocraft):
 - after k-means the averages hold sums, as the update expects, not means;
 - "dead" is relative to the mean use of a code, so that it means the same for 64 codes and for 2048;
 - LayerNorm acts on the channels of each time step: a clip's codes do not depend on what is encoded with it;
-- every tensor between layers is (B, T, C): channels last is three times faster on a CPU;
-- the decoder has a source of noise, and learns to use it when the codes are settled.
+- every tensor between layers is (B, T, C): channels last is three times faster on a CPU.
 
 Letters: B batch, T samples, F frames, C channels, D latent size, K streams, V codes per book.
 """
@@ -61,13 +60,17 @@ class CodecConfig:
 class Conv(nn.Conv2d):
     """1-d convolution over (B, T, C). T must be a multiple of the stride; the result has T / stride steps.
 
-    It runs as a 2-d convolution of height 1: PyTorch has channels-last kernels for images only."""
+    It runs as a 2-d convolution of height 1: PyTorch has channels-last kernels for images only. The weight is
+    kept as a matrix (C', C * kernel), which is how its optimizer sees it."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1):
         super().__init__(c_in, c_out, (1, kernel), (1, stride), padding=(0, (kernel - stride + 1) // 2))
+        self.weight = nn.Parameter(self.weight.flatten(1))
 
     def forward(self, x):
-        return super().forward(x.transpose(1, 2)[:, :, None])[:, :, 0].transpose(1, 2)
+        weight = self.weight.view(self.out_channels, -1, *self.kernel_size)
+        y = F.conv2d(x.transpose(1, 2)[:, :, None], weight, self.bias, self.stride, self.padding)
+        return y[:, :, 0].transpose(1, 2)
 
 
 class ConvTranspose(nn.ConvTranspose2d):
@@ -75,9 +78,12 @@ class ConvTranspose(nn.ConvTranspose2d):
 
     def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__(c_in, c_out, (1, 2 * stride), (1, stride), padding=(0, stride // 2))
+        self.weight = nn.Parameter(self.weight.transpose(0, 1).flatten(1))  # (C', C * kernel)
 
     def forward(self, x):
-        return super().forward(x.transpose(1, 2)[:, :, None])[:, :, 0].transpose(1, 2)
+        weight = self.weight.view(self.out_channels, -1, *self.kernel_size).transpose(0, 1)
+        y = F.conv_transpose2d(x.transpose(1, 2)[:, :, None], weight, self.bias, self.stride, self.padding)
+        return y[:, :, 0].transpose(1, 2)
 
 
 class ResidualUnit(nn.Module):
@@ -101,29 +107,6 @@ class LSTM(nn.LSTM):
     def forward(self, x, state=None):
         y, state = super().forward(x, state)
         return x + y, state
-
-
-class Noise(nn.Module):
-    """Adds as much noise as x itself asks for (SNAC, arXiv 2410.14411, section 3.2): 36 bits can say how loud
-    the rain of a frame is, not how each of its 128 samples goes, and without chance a network cannot hiss."""
-
-    def __init__(self, c: int):
-        super().__init__()
-        self.gain = nn.Linear(c, c, bias=False)
-        nn.init.zeros_(self.gain.weight)
-
-    def forward(self, x, first: int = 0):
-        """x (B, T, C), of which the first is step `first` of the sound."""
-        return x + self.gain(x) * white(first, x.shape[1], x.device)[:, None].to(x.dtype)
-
-
-def white(first: int, n: int, device):
-    """Noise (n,) of unit power at places first, first + 1, ...: a hash of the place, the same on all devices,
-    so that sound decoded in pieces equals sound decoded at once."""
-    h = torch.arange(first, first + n, device=device) * 2654435761 & 0xFFFFFFFF
-    for _ in range(2):
-        h = (h ^ h >> 16) * 0x45D9F3B & 0xFFFFFFFF
-    return ((h ^ h >> 16) / 2**31 - 1) * math.sqrt(3)
 
 
 class Encoder(nn.Module):
@@ -154,22 +137,19 @@ class Decoder(nn.Module):
         c = cfg.channels * 2 ** len(cfg.strides)
         self.inp = Conv(cfg.dim, c, 7)
         self.lstm = LSTM(c)
-        self.up = nn.ModuleList()
+        blocks = []
         for s in reversed(cfg.strides):
-            self.up.append(nn.ModuleList((ConvTranspose(c, c // 2, s), Noise(c // 2), ResidualUnit(c // 2))))
+            blocks += [nn.ELU(), ConvTranspose(c, c // 2, s), ResidualUnit(c // 2)]
             c //= 2
-        self.out = Conv(c, 1, 7)
+        self.up = nn.Sequential(*blocks, nn.ELU(), Conv(c, 1, 7))
 
-    def forward(self, z_q, first: int = 0):
+    def forward(self, z_q):
         x, _ = self.lstm(self.inp(z_q))  # (B, F, 16 C)
-        return self.to_wave(x, first)
+        return self.to_wave(x)
 
-    def to_wave(self, x, first: int = 0):
-        """What comes out of the LSTM (B, F, 16 C), from frame `first` on, to wave (B, F * hop, 1)."""
-        for up, noise, unit in self.up:
-            first *= up.stride[1]
-            x = unit(noise(up(F.elu(x)), first))
-        return LOUDNESS * self.out(F.elu(x))
+    def to_wave(self, x):
+        """What comes out of the LSTM (B, F, 16 C) to wave (B, F * hop, 1)."""
+        return LOUDNESS * self.up(x)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -345,7 +325,7 @@ class Codec(nn.Module):
         the LSTM only looks back and keeps its state. Nothing is ever decoded twice but the margins."""
         margin, hop = 3, self.cfg.hop  # of `Decoder.inp` (7 // 2); of `Decoder.up` it is under 2 frames
         z, x, state = None, None, None  # latents and LSTM outputs from which the next frames will be made
-        z_past, x_past, place = 0, 0, 0  # how many frames of each are context only; at which frame x begins
+        z_past, x_past = 0, 0  # how many frames of each are context only
         for chunk in itertools.chain(chunks, [None]):  # None: that was the last
             new = z[:, :0] if chunk is None else self.quantizer.decode(chunk)
             z = new if z is None else torch.cat((z, new), 1)
@@ -358,8 +338,7 @@ class Codec(nn.Module):
                 continue
             ready = x.shape[1] - (0 if chunk is None else margin)
             if ready > x_past:
-                yield self.decoder.to_wave(x, place)[:, x_past * hop : ready * hop, 0]
-                place += max(ready - margin, 0)
+                yield self.decoder.to_wave(x)[:, x_past * hop : ready * hop, 0]
                 x, x_past = x[:, max(ready - margin, 0) :], min(ready, margin)
 
     def hash(self) -> str:
@@ -454,27 +433,15 @@ class MelLoss(nn.Module):
         magnitude = spectrum.abs().transpose(1, 2) / window.norm()  # white noise reads alike at all windows
         return magnitude @ getattr(self, f"filters{n}")
 
-    def distance(self, x, y):
-        """Of two mel spectra (B, frames, M): ()."""
-        difference = (y + self.floor).log() - (x + self.floor).log()
-        per_frame = (difference.square().mean(-1) + 1e-12).sqrt()  # (B, frames)
-        return (y - x).abs().mean() + self.alpha * per_frame.mean()
-
-    def forward(self, target, estimate, other=None):
-        """All (B, T) -> loss (). Gradient flows to the estimates only.
-
-        A distance alone asks for the mean: smooth hiss is nearer to rain than other rain is. With two
-        estimates that differ in their noise it becomes the energy distance d(x, y) + d(x, y') - d(y, y')
-        (arXiv 2008.01160), least where both are as different from each other as from the target."""
+    def forward(self, target, estimate):
+        """Both (B, T) -> loss (). Gradient flows to the estimate only."""
         loss = 0.0
         for n in self.windows:
             with torch.no_grad():
                 x = self.mel(target, n)
             y = self.mel(estimate, n)
-            loss = loss + self.distance(x, y)
-            if other is not None:
-                z = self.mel(other, n)
-                loss = loss + self.distance(x, z) - self.distance(y, z)
+            per_frame = ((y + self.floor).log() - (x + self.floor).log()).square().mean(-1)  # (B, frames)
+            loss = loss + (y - x).abs().mean() + self.alpha * (per_frame + 1e-12).sqrt().mean()
         return loss / len(self.windows)
 
 

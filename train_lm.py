@@ -73,10 +73,10 @@ def get_args():
 # Evaluation
 
 
-def wrong_captions(captions, seed=0):
-    """For every clip the caption of another clip that says something else."""
+def wrong_captions(captions, pool, seed=0):
+    """For every caption one of the pool that says something else."""
     rng = np.random.default_rng(seed)
-    different = [[c for c in captions if c != caption] for caption in captions]
+    different = [[c for c in pool if c != caption] for caption in captions]
     return [others[rng.integers(len(others))] for others in different]
 
 
@@ -116,8 +116,8 @@ class ClassCentres:
 
 @torch.no_grad()
 def measure(lm, tokenizer, held_out, device, wrongs=1):
-    """Numbers by name: loss per stream, and caption accuracy against so many wrong captions of each clip."""
-    codes, captions, pairs = held_out
+    """Numbers by name: loss per stream, and how often a clip's caption beats so many wrong ones."""
+    codes, captions, pairs, pool = held_out
 
     def losses(captions):
         """Cross-entropy of each clip and stream (B, K), in nats per code."""
@@ -129,9 +129,9 @@ def measure(lm, tokenizer, held_out, device, wrongs=1):
 
     true = losses(captions)
     result = {"loss": true.mean().item()} | {f"loss{k}": x for k, x in enumerate(true.mean(0).tolist())}
-    if len(set(captions)) == 1:  # there is no wrong caption
+    if len(set(pool)) == 1:  # there is no wrong caption
         return result
-    right = [true.mean(1) < losses(wrong_captions(captions, seed)).mean(1) for seed in range(wrongs)]
+    right = [true.mean(1) < losses(wrong_captions(captions, pool, seed)).mean(1) for seed in range(wrongs)]
     right = torch.stack(right).float().mean(0)  # (B,)
     result["caption_accuracy"] = right.mean().item()
     if pairs.any():
@@ -275,8 +275,9 @@ def main():
     length = SECONDS * D.SAMPLE_RATE
     waves, captions, names = data.clips("val", length, limit=120)
     codes = torch.cat([codec.encode(wave) for wave in waves.to(device).split(8)])
-    pairs = [name.startswith("world/") and D.is_held_out(words) for name, words in zip(names, captions)]
-    held_out = codes, captions, torch.tensor(pairs, device=device)
+    pairs = [name.startswith("world/") and D.is_held_out(c) for name, c in zip(names, captions)]
+    words = [caption for k in data.order["train"] for caption in data.words[k]]
+    held_out = codes, captions, torch.tensor(pairs, device=device), captions + words
 
     if args.eval_only:
         lm = AudioLM.load(path, device, codec.hash())
@@ -294,7 +295,6 @@ def main():
     if trained:
         lm, tokenizer = trained, D.Tokenizer(trained.tokenizer)
     else:
-        words = [caption for k in data.order["train"] for caption in data.words[k]]
         tokenizer = D.Tokenizer.train(words, recipe["vocab"])
         sizes = {"vocab": tokenizer.vocab_size, "window": WINDOW[args.size], "dropout": DROPOUT[args.size]}
         lm = AudioLM(LMConfig(streams, args.size, **sizes))
