@@ -37,7 +37,7 @@ RECIPES = {
 }
 WEIGHTS = {"wave": 0.15, "mel": 1.0, "adversarial": 1.0, "feature": 1.0}  # shares: see codec.Balancer
 JUDGE_FILTERS = 32
-JUDGE_LR = 3e-4  # constant: the judge comes late, when the codec's own rate is falling
+JUDGE_LR = 3e-4  # constant
 COMMITMENT = 0.25  # stands outside the balancer: it does not pass through the output
 CLIP = 10.0  # on the norm of the gradient, which stays below 6 in a healthy run
 
@@ -117,7 +117,7 @@ def make_optimizers(codec, lr):
     Muon (Jordan et al. 2024) takes the same step in all directions of a matrix, be their gradient large or
     small, scaled to the size of Adam's (arXiv 2502.16982)."""
     matrices = [p for p in codec.parameters() if p.dim() == 2]
-    vectors = [p for p in codec.parameters() if p.dim() == 1]
+    vectors = [p for p in codec.parameters() if p.dim() != 2]
     return {"muon": torch.optim.Muon(matrices, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
             "adam": torch.optim.Adam(vectors, lr, betas=(0.9, 0.99))}
 
@@ -159,12 +159,13 @@ def main():
         judge_parameters = list(judge.parameters())
         judge_optimizer = torch.optim.Adam(judge_parameters, JUDGE_LR, betas=(0.5, 0.9))
         state |= {"judge": judge, "judge_optimizer": judge_optimizer}
-    start, accuracy = 0, 0.5
+    start, accuracy, judging = 0, 0.5, [recipe["judge_from"], JUDGE_FILTERS]
     if args.resume:
         saved = load_checkpoint(resume_path, "nanoaudiogen codec training")
-        if (saved["config"], saved["steps"]) != (vars(config), steps):
+        if [saved["config"], saved["steps"], saved.get("judging")] != [vars(config), steps, judging]:
             raise ValueError(f"{resume_path}: was started with other settings ({saved['config']}, --steps "
-                             f"{saved['steps']}): repeat those, or leave out --resume")
+                             f"{saved['steps']}, discriminator {saved.get('judging')}): repeat those, or "
+                             "leave out --resume")
         for name, thing in state.items():
             thing.load_state_dict(saved[name])
         start, accuracy = saved["step"], saved["accuracy"]
@@ -176,10 +177,11 @@ def main():
         if first:
             D.save_atomic(average.checkpoint(), path)
             training = {"kind": "nanoaudiogen codec training", "config": vars(config), "steps": steps}
-            training |= {"step": step, "accuracy": accuracy, "rng": torch.get_rng_state()}
+            training |= {"judging": judging, "step": step, "accuracy": accuracy, "rng": torch.get_rng_state()}
             D.save_atomic(training | {k: thing.state_dict() for k, thing in state.items()}, resume_path)
 
-    crop, judge_from = int(recipe["seconds"] * D.SAMPLE_RATE), int(recipe["judge_from"] * steps)
+    crop = int(recipe["seconds"] * D.SAMPLE_RATE)
+    judge_from = max(1, int(recipe["judge_from"] * steps))  # the first step starts the books
     say(f"codec {args.size}, {config.streams} streams of {config.codes} codes, {config.kbps} kbit/s, "
         f"{sum(p.numel() for p in parameters) / 1e6:.1f} M parameters; {steps} steps of {batch} x "
         f"{recipe['seconds']} s on {device}, "
@@ -190,7 +192,7 @@ def main():
     for step in tqdm(range(start, steps), initial=start, total=steps, disable=not first, smoothing=0.05):
         wave, _ = data.batch(batch, crop, np.random.default_rng((args.seed, step)))
         wave = wave.chunk(world)[rank].to(device)
-        judged, weights = step >= judge_from, dict(WEIGHTS)
+        judged, weights = step >= judge_from, WEIGHTS
         stage = (step - judge_from, steps - judge_from) if judged else (step, judge_from)
         for group in (group for optimizer in optimizers.values() for group in optimizer.param_groups):
             group["lr"] = recipe["lr"] * lr_factor(*stage)
@@ -220,8 +222,8 @@ def main():
             accuracy += 0.02 * (hits.item() / (2 * len(real)) - accuracy)
             losses["adversarial"] = generator_loss(fake)
             losses["feature"] = feature_loss(real_features, fake_features)
-            edge = max(0.0, min(1.0, 2 * accuracy - 1))
-            weights |= {name: WEIGHTS[name] * edge for name in ("adversarial", "feature")}
+            edge = max(0.0, 2 * accuracy - 1)
+            weights = WEIGHTS | {name: WEIGHTS[name] * edge for name in ("adversarial", "feature")}
         gradient = balancer(losses, weights, wave_hat)
         codec.zero_grad()
         if judged:

@@ -276,8 +276,8 @@ def main():
     waves, captions, names = data.clips("val", length, limit=120)
     codes = torch.cat([codec.encode(wave) for wave in waves.to(device).split(8)])
     pairs = [name.startswith("world/") and D.is_held_out(c) for name, c in zip(names, captions)]
-    words = [caption for k in data.order["train"] for caption in data.words[k]]
-    held_out = codes, captions, torch.tensor(pairs, device=device), captions + words
+    pool = captions + [data.words[k][0] for k in data.order["train"]]  # of which wrong captions are drawn
+    held_out = codes, captions, torch.tensor(pairs, device=device), pool
 
     if args.eval_only:
         lm = AudioLM.load(path, device, codec.hash())
@@ -295,6 +295,7 @@ def main():
     if trained:
         lm, tokenizer = trained, D.Tokenizer(trained.tokenizer)
     else:
+        words = [caption for k in data.order["train"] for caption in data.words[k]]
         tokenizer = D.Tokenizer.train(words, recipe["vocab"])
         sizes = {"vocab": tokenizer.vocab_size, "window": WINDOW[args.size], "dropout": DROPOUT[args.size]}
         lm = AudioLM(LMConfig(streams, args.size, **sizes))
