@@ -274,8 +274,7 @@ def main():
         if stopping:
             return say(f"{stopper.signal}: saved step {done} to {resume_path}; go on with --resume")
         if (done % eval_every == 0 or done == steps) and first:
-            # Every fourth clip is enough on the way; the last word is spoken over all of them.
-            say(evaluate(average, held_out if done == steps else held_out[::4], wavs))
+            say(evaluate(average, held_out, wavs))
     say(f"codec saved to {path}; next: python train_lm.py --streams {config.streams}")
 
 
