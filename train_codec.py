@@ -226,10 +226,7 @@ def main():
             weights = WEIGHTS | {name: WEIGHTS[name] * edge for name in ("adversarial", "feature")}
         gradient = balancer(losses, weights, wave_hat)
         codec.zero_grad()
-        if judged:
-            wave_hat.backward(gradient)
-        else:
-            torch.autograd.backward((wave_hat, COMMITMENT * commitment), (gradient, None))
+        ((wave_hat * gradient).sum() + COMMITMENT * commitment).backward()
         trained = [p for p in parameters if p.grad is not None]
         mean_over_processes([p.grad for p in trained], world)
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, CLIP)
