@@ -176,6 +176,20 @@ class TextEncoder(nn.Module):
         return self.ln_f(x)
 
 
+class PackedLinear(nn.Module):
+    """A linear layer for sampling on a CPU, its weight in the order in which the kernel reads it. Put so anew
+    at every call, as `nn.Linear` does, it takes half as long again in bfloat16 and twice as long in float32.
+    These are the operators that torch.compile comes to after a minute; it has no gradient."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
 class AudioLM(nn.Module):
     """GPT over [text, codes]. `tokenizer` (its bytes) and `codec_hash` are what it was trained with."""
 
@@ -308,6 +322,16 @@ class AudioLM(nn.Module):
                 yield codes
                 made += n
                 history = torch.cat((history, codes), 2)
+
+    def pack(self):
+        """Ready the model for sampling, in place: on a CPU its matrices are packed once and for all. It can
+        then no longer be trained or saved."""
+        if self.start.device.type == "cpu" and torch.backends.mkldnn.is_available():
+            for parent in [self, *self.blocks.modules()]:
+                for name, layer in list(parent.named_children()):
+                    if isinstance(layer, nn.Linear):
+                        setattr(parent, name, PackedLinear(layer))
+        return self
 
     def step(self, codes, position: int, prefix: int, keys, cache):
         """One frame (B, K) at `position` of the sound to the logits of the next (B, K, V)."""

@@ -162,6 +162,7 @@ def main():
                              f"{lm.cfg.window}: use fewer words")
     lm = lm.to(D.fast_dtype(device))  # a frame costs what it takes to read the weights once: halve them
     weights = sum(p.numel() * p.element_size() for p in [*lm.blocks.parameters(), lm.heads.weight])
+    lm.pack()
     say(f"{lm_path} and {codec_path} on {device}, {str(next(lm.parameters()).dtype)[6:]}")
     os.makedirs(args.out, exist_ok=True)
 

@@ -4,6 +4,7 @@ They make their own sounds in temporary folders and need no network and no GPU. 
 data.py, codec.py, lm.py, then the three scripts: functions, the pipeline as typed, resuming, bad input.
 """
 
+import copy
 import csv
 import gc
 import gzip
@@ -1200,9 +1201,10 @@ def test_guidance_of_one_is_conditional_of_zero_unconditional_and_else_the_formu
     torch.testing.assert_close(guide(logits, 3.0), 3 * given - 2 * free)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_cached_greedy_decoding_equals_the_full_forward(guidance, lm):
-    made = lm.generate(TEXT, 24, temperature=0, guidance=guidance)
+@pytest.mark.parametrize("guidance, packed", [(1.0, False), (3.0, False), (3.0, True)])
+def test_cached_greedy_decoding_equals_the_full_forward(guidance, packed, lm):
+    sampler = copy.deepcopy(lm).pack() if packed else lm
+    made = sampler.generate(TEXT, 24, temperature=0, guidance=guidance)
     codes = torch.zeros(2, 2, 0, dtype=torch.long)
     for _ in range(24):
         padded = F.pad(codes, (0, 1))
@@ -1212,6 +1214,15 @@ def test_cached_greedy_decoding_equals_the_full_forward(guidance, lm):
         scores = guidance * given + (1 - guidance) * free
         codes = torch.cat((codes, scores.argmax(-1)[:, :, None]), 2)
     assert torch.equal(made, codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_predict_the_same(dtype, lm):
+    lm = copy.deepcopy(lm).to(dtype)
+    codes = torch.randint(0, lm.cfg.codes, (2, lm.cfg.streams, 9))
+    with torch.no_grad():
+        expected = lm.predict(lm.text_encoder(TEXT), codes)
+        torch.testing.assert_close(lm.pack().predict(lm.text_encoder(TEXT), codes), expected)
 
 
 def frequencies(logp, n=40000, **options):

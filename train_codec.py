@@ -206,13 +206,13 @@ def main():
                 wave_hat = codec.decoder(average.quantizer.decode(codes))[:, :crop, 0].float()
         losses = {"wave": (wave_hat - wave).abs().mean(), "mel": mel(wave, wave_hat)}
         if judged:
-            # One forward of D serves both sides. It hears every clip at the same loudness (quiet ones would
-            # be nothing to it), and what it says counts only as far as it does better than guessing: a
-            # balancer gives a term its full share however meaningless it is.
+            # One forward of D serves both sides; real and decoded clips pass apart, so that what goes back to
+            # the codec does not run through the real half (a third of the time). D hears every clip at the
+            # same loudness (quiet ones would be nothing to it), and what it says counts only as far as it does
+            # better than guessing: a balancer gives a term its full share however meaningless it is.
             loudness = wave.std(1, keepdim=True) + 1e-3
-            logits, features = judge(torch.cat((wave, wave_hat)) / torch.cat((loudness, loudness)))
-            real, fake = zip(*(scale.chunk(2) for scale in logits))
-            real_features, fake_features = zip(*(zip(*(f.chunk(2) for f in scale)) for scale in features))
+            real, real_features = judge(wave / loudness)
+            fake, fake_features = judge(wave_hat / loudness)
             judge_loss = discriminator_loss(real, fake)
             gradients = torch.autograd.grad(judge_loss, judge_parameters, retain_graph=True)
             for p, g in zip(judge_parameters, gradients):
