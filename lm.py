@@ -89,8 +89,7 @@ class SelfAttention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal)
         else:
             cache.index_copy_(3, step, torch.stack((k, v)).to(cache.dtype))
-            seen = cache[:, :, :, : mask.shape[-1]]
-            y = F.scaled_dot_product_attention(q.to(cache.dtype), *seen, attn_mask=mask).to(x.dtype)
+            y = F.scaled_dot_product_attention(q.to(cache.dtype), *cache, attn_mask=mask).to(x.dtype)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, d))
 
 
@@ -188,6 +187,30 @@ class PackedLinear(nn.Module):
 
     def forward(self, x):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class Replay:
+    """A function of tensors as one CUDA graph: a single launch instead of one for each of its kernels, which
+    are small and would be over before the next is launched."""
+
+    def __init__(self, function, *inputs):
+        self.inputs = [x.clone() for x in inputs]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries set themselves up at the first call, which is not for a graph
+            for _ in range(3):
+                function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.output = function(*self.inputs)
+
+    def __call__(self, *inputs):
+        """The result; the next call overwrites it."""
+        for mine, x in zip(self.inputs, inputs):
+            mine.copy_(x)
+        self.graph.replay()
+        return self.output
 
 
 class AudioLM(nn.Module):
@@ -293,8 +316,12 @@ class AudioLM(nn.Module):
         kept = torch.float32 if u.device.type == "cpu" else u.dtype
         keys = [layer.cross.keys(u).to(kept) for layer in self.blocks]
         cfg, places = self.cfg, u.shape[1] + self.cfg.frames
+        on_device = torch.arange(places, device=u.device)
         shape = (cfg.layers, 2, len(u), cfg.heads, places, cfg.width // cfg.heads)
         cache = torch.zeros(shape, dtype=kept, device=u.device)
+        if u.is_cuda:
+            example = text.new_zeros(len(u), cfg.streams), text.new_zeros(1)
+            replay = Replay(lambda codes, place: self.step(codes, place, keys, cache), *example)
 
         history = text.new_zeros(B, self.cfg.streams, 0) if prefix is None else prefix
         made = 0
@@ -315,9 +342,14 @@ class AudioLM(nn.Module):
                 for i in range(n):
                     code = choose(guide(logits, guidance), noise[:, i], temperature, top_k, top_p)  # (B, K)
                     codes.append(code)
-                    position = given + first + i + 1
-                    if position < cfg.frames:
-                        logits = self.step(code.repeat(len(u) // B, 1), position, u.shape[1], keys, cache)
+                    place = u.shape[1] + given + first + i + 1
+                    if place < places:
+                        code, there = code.repeat(len(u) // B, 1), on_device[place : place + 1]
+                        if u.is_cuda:
+                            logits = replay(code, there)
+                        else:  # reads only so much of the cache as is filled
+                            visible = cache[:, :, :, :, : place // 64 * 64 + 64]  # few different shapes
+                            logits = self.step(code, there, keys, visible)
                 codes = torch.stack(codes, 2)
                 yield codes
                 made += n
@@ -333,13 +365,11 @@ class AudioLM(nn.Module):
                         setattr(parent, name, PackedLinear(layer))
         return self
 
-    def step(self, codes, position: int, prefix: int, keys, cache):
-        """One frame (B, K) at `position` of the sound to the logits of the next (B, K, V)."""
+    def step(self, codes, place, keys, cache):
+        """One frame (B, K) at `place` (1,) of the sequence to the logits of the next (B, K, V). Nothing in it
+        waits for a transfer, so that a GPU can replay it."""
         x = self.embed(codes[:, :, None])  # (B, 1, d)
-        visible = min(cache.shape[4], (prefix + position) // 64 * 64 + 64)  # few different shapes
-        places = torch.arange(visible, device=x.device)  # (S,)
-        place = places[prefix + position :][:1]  # (1,), made on the device: nothing waits for a transfer
-        mask = places <= place
+        mask = torch.arange(cache.shape[4], device=x.device) <= place  # (S,)
         for layer, k, c in zip(self.blocks, keys, cache):
             x = layer(x, k, self.turn[:, place], c, place, mask[None])
         return self.to_logits(x)[:, :, 0]

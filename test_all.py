@@ -1315,8 +1315,9 @@ def test_a_gpu_computes_what_the_cpu_computes(codecs, codes):
     here, there = codecs[4], Codec(codecs[4].cfg).eval().cuda()
     there.load_state_dict(here.state_dict())
     assert same(there.encode(wave.cuda()).cpu(), here.encode(wave)) > 0.95
-    expected = lm(codes, TEXT)[0]
+    expected, made = lm(codes, TEXT)[0], lm.eval().generate(TEXT, 24, temperature=0)
     torch.testing.assert_close(lm.cuda()(codes.cuda(), TEXT.cuda())[0].cpu(), expected, rtol=0, atol=0.05)
+    assert same(lm.generate(TEXT.cuda(), 24, temperature=0).cpu(), made) > 0.9
 
 
 # ----------------------------------------------------------------------------------------------------------
