@@ -75,9 +75,11 @@ def get_args():
 
 def wrong_captions(captions, pool, seed=0):
     """For every caption one of the pool that says something else."""
-    rng = np.random.default_rng(seed)
-    different = [[c for c in pool if c != caption] for caption in captions]
-    return [others[rng.integers(len(others))] for others in different]
+    rng, wrong = np.random.default_rng(seed), []
+    for caption in captions:
+        others = [c for c in pool if c != caption]
+        wrong.append(others[rng.integers(len(others))])
+    return wrong
 
 
 def frechet(x, y):
