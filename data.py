@@ -431,7 +431,7 @@ def make_world(n: int, seconds: float = 5.0, seed: int = 0) -> Iterator[tuple[np
 
 # ----------------------------------------------------------------------------------------------------------
 # Preparation: decode everything once into one file of int16 that training maps into memory, and an index.
-FORMAT = 3  # raise it when what is written changes, the sound world included, and everything is prepared anew
+FORMAT = 4  # raise it when what is written changes, the sound world included, and everything is prepared anew
 WORLD_CLIPS = 720  # an hour of 5 s clips: 600 to train on and 120 to validate on, 30 of these held-out pairs
 
 def prepare(source: str, folder: str, seed: int = 0, log: Callable = print) -> SimpleNamespace:
@@ -451,8 +451,9 @@ def prepare(source: str, folder: str, seed: int = 0, log: Callable = print) -> S
         try:
             with lock_folder(part), open(f"{part}/audio.i16", "wb") as audio:
                 index = decode_all(entries, audio, source, seed)
-            with open(f"{part}/index.json", "w") as file:
-                json.dump(index, file)
+            with open(f"{part}/index.json", "wb") as file:
+                text = json.dumps(index).encode()
+                file.write(b"%08x\n" % zlib.crc32(text) + text)
             if not os.path.exists(final):  # else another process was faster
                 os.rename(part, final)
             with contextlib.suppress(ImportError):  # not on Windows
@@ -465,8 +466,11 @@ def prepare(source: str, folder: str, seed: int = 0, log: Callable = print) -> S
             raise OSError(f"{folder}: {error.strerror or error}; make space or use another --out") from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
-    with open(os.path.join(final, "index.json")) as file:
-        index = json.load(file)
+    with open(f"{final}/index.json", "rb") as file:
+        checksum, _, text = file.read().partition(b"\n")
+    index = json.loads(text) if checksum == b"%08x" % zlib.crc32(text) else {"length": [-1]}
+    if 2 * sum(index["length"]) != os.path.getsize(f"{final}/audio.i16"):
+        raise ValueError(f"{final}: was damaged; delete this folder, and it is prepared anew")
     log("\n".join(index["report"]))
     index |= {key: np.array(index[key]) for key in ("length", "split")}
     audio = np.asarray(np.memmap(f"{final}/audio.i16", np.int16, "r"))

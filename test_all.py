@@ -299,6 +299,18 @@ def test_preparation_is_redone_when_the_source_changed(change, tmp_path):
     assert again.length[0] == len(clips[0][1]) and again.captions[0] == [clips[0][2]]
 
 
+@pytest.mark.parametrize("name, harm", [("index.json", lambda b: b[:90] + b"x" + b[91:]),
+                                        ("index.json", lambda b: b[:50]), ("index.json", lambda b: b""),
+                                        ("audio.i16", lambda b: b[:-3200]), ("audio.i16", lambda b: b"")])
+def test_a_damaged_preparation_is_noticed(name, harm, tmp_path):
+    table = write_table(tmp_path, [("a.wav", hiss(0.2), "rain"), ("b.wav", hiss(0.3), "wind")])
+    made = D.prepare(table, str(tmp_path / "out"), log=quiet).name
+    path = tmp_path / "out" / made / name
+    path.write_bytes(harm(path.read_bytes()))
+    with pytest.raises(ValueError, match=f"{made}: was damaged; delete this folder"):
+        D.prepare(table, str(tmp_path / "out"), log=quiet)
+
+
 BAD_SOUNDS = {
     "missing": lambda path: None,
     "empty": lambda path: write_text(path, ""),
@@ -337,7 +349,7 @@ def test_a_preparation_that_died_is_never_taken_for_whole(tmp_path, monkeypatch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(D.json, "dump", die)
+        patch.setattr(D.json, "dumps", die)
         with pytest.raises(KeyboardInterrupt):
             D.prepare(table, str(tmp_path / "out"), log=quiet)
     assert len(D.prepare(table, str(tmp_path / "out"), log=quiet).names) == 2
