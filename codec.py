@@ -116,7 +116,7 @@ class Encoder(nn.Module):
     def __init__(self, cfg: CodecConfig):
         super().__init__()
         c = cfg.channels
-        blocks = [Conv(1, c, 7)]
+        blocks: list[nn.Module] = [Conv(1, c, 7)]
         for s in cfg.strides:
             blocks += [ResidualUnit(c), nn.ELU(), Conv(c, 2 * c, 2 * s, s)]
             c *= 2
@@ -172,6 +172,11 @@ class VectorQuantizer(nn.Module):
     def __init__(self, codes: int, dim: int, decay: float = 0.99, revive: float = 0.1):
         super().__init__()
         self.decay, self.revive = decay, revive
+        self.embed: torch.Tensor
+        self.total: torch.Tensor
+        self.count: torch.Tensor
+        self.steps: torch.Tensor
+        self.started: torch.Tensor
         self.register_buffer("embed", torch.randn(codes, dim))  # (V, D)
         self.register_buffer("total", self.embed.clone())  # (V, D)
         self.register_buffer("count", torch.ones(codes))  # (V,)
@@ -263,7 +268,7 @@ class ResidualVQ(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             residual = z.reshape(-1, D)  # (N, D)
-            codes, commitment = [], 0.0
+            codes, commitment = [], z.new_zeros(())
             for book in self.books:
                 quantized, index = book(residual, learn)
                 commitment = commitment + F.mse_loss(residual, quantized)
@@ -521,6 +526,8 @@ class Balancer(nn.Module):
     def __init__(self, names, decay: float = 0.999, total: float = 1.0):
         super().__init__()
         self.names, self.decay, self.total = list(names), decay, total
+        self.norm: torch.Tensor
+        self.steps: torch.Tensor
         self.register_buffer("norm", torch.zeros(len(self.names)))
         self.register_buffer("steps", torch.zeros(len(self.names)))
 
@@ -570,7 +577,7 @@ def log_spectrum_distance(target, estimate, windows=(256, 512, 1024, 2048), floo
     """Mean absolute difference of log10 |STFT|, mean over four windows; lower is better.
 
     It hears fine structure that a mel spectrum averages away: two noises of one spectrum are .30 apart."""
-    total = 0.0
+    total = torch.zeros(len(target), device=target.device)
     for n in windows:
         window = torch.hann_window(n, device=target.device)
         x, y = (torch.stft(wave, n, n // 4, window=window, pad_mode="constant", return_complex=True).abs()

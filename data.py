@@ -27,7 +27,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import make_dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -71,12 +71,13 @@ def resample_blocks(blocks: Iterable[torch.Tensor], rate_in: int, rate_out: int)
     # Exact for the usual rates, and to a tenth of a cent for odd ones such as 44101 Hz.
     new, orig = Fraction(rate_out, rate_in).limit_denominator(2500).as_integer_ratio()
     bank, half = sinc_bank(orig, new)
-    buffer, seen, made = None, 0, 0
+    buffer: torch.Tensor | None = None
+    seen = made = 0
     for block in itertools.chain(blocks, [None]):
         if block is not None:
             buffer = F.pad(block, (half, 0)) if buffer is None else torch.cat([buffer, block], 1)
             seen += block.shape[1]
-        elif seen:  # the end: silence, until no filter lacks a sample
+        elif buffer is not None:  # the end: silence, until no filter lacks a sample
             buffer = F.pad(buffer, (0, bank.shape[-1]))
         if buffer is not None and buffer.shape[1] >= bank.shape[-1]:
             frames = F.conv1d(buffer[:, None], bank.to(buffer), stride=orig)  # (B, new, frames)
@@ -125,10 +126,14 @@ TAGS = ["category", "class_name", "class", "labels", "label", "tags", "keywords"
 TRAIN = {"train", "training", "dev", "development"}
 VAL = {"val", "valid", "validation", "test", "eval", "evaluation"}
 
-Entry = make_dataclass("Entry", ["path", "captions", "split"])  # split: 'train', 'val', or None, not said
+@dataclass
+class Entry:
+    path: str
+    captions: list[str]
+    split: str  # 'train', 'val', or '': not said
 
-def split_named(name: str) -> str | None:
-    return "val" if name.lower() in VAL else "train" if name.lower() in TRAIN else None
+def split_named(name: str) -> str:
+    return "val" if name.lower() in VAL else "train" if name.lower() in TRAIN else ""
 
 def pseudo_sentence(tags: str | list) -> str:
     """The paper's sentence of tags: 'dog, bark, park' -> 'dog bark park', '001 - Dog_bark' -> 'dog bark'."""
@@ -145,6 +150,7 @@ def row_captions(row: dict) -> list[str]:
 
 def read_rows(path: str) -> Iterator[dict]:
     """Rows of a CSV, TSV, JSON or JSON-lines file as dictionaries, lower-case keys. ValueError: not one."""
+    rows: Iterable[dict]
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
             text = file.read().decode("utf-8-sig")
@@ -169,7 +175,7 @@ def stem(name: str) -> str:
 
 def audio_below(folder: str) -> dict[str, list[str]]:
     """The sounds in and below a folder by their names without extension; never those of a whole disk."""
-    found = {}
+    found: dict[str, list[str]] = {}
     for where, _, names in os.walk(folder) if folder != os.path.dirname(folder) else []:
         for name in names:
             if stem(name) != name:
@@ -192,7 +198,7 @@ def folder_rows(folder: str) -> Iterator[dict]:
     """A folder as the rows of a table: the lines of a .txt beside each sound or else its class."""
     for path in sorted(itertools.chain(*audio_below(folder).values())):
         *parts, _ = os.path.relpath(path, folder).split(os.sep)
-        row = {"path": path, "split": parts[0] if parts and split_named(parts[0]) else None}
+        row: dict = {"path": path, "split": parts[0] if parts and split_named(parts[0]) else None}
         try:
             with open(stem(path) + ".txt", encoding="utf-8-sig") as file:
                 row["captions"] = list(file)
@@ -210,7 +216,8 @@ def read_entries(source: str, log: Callable = print) -> list[Entry]:
     rows = list(read_rows(table) if table else folder_rows(source))
     root = os.path.dirname(os.path.abspath(table or source))
     index = functools.cache(audio_below)  # walks a folder once, if need be
-    entries, used = {}, 0
+    entries: dict[str, Entry] = {}
+    used = 0
     for row in rows:
         cells = [str(row[key]).strip().replace("\\", "/") for key in PATHS if row.get(key)]
         names = [name for cell in cells if cell for name in (cell, "Y" + cell)]  # as AudioCaps does it
@@ -425,7 +432,7 @@ def make_world(n: int, seconds: float = 5.0, seed: int = 0) -> Iterator[tuple[np
             words = f"{article and ('an' if words[0] in 'aeiou' else 'a')} {words}".strip()
             if how == " while " or (how != " followed by " and rng.random() < 0.5):
                 words += f" {verb}"
-            phrases.append(words + {"far": " far away", "near": " close by"}.get(behind and distance, ""))
+            phrases.append(words + {"far": " far away", "near": " close by"}.get(distance, "") * behind)
         wave = sum(sounds) if length == seconds else np.concatenate(sounds)
         yield wave / max(1, np.abs(wave).max()), how.join(phrases), "val" if i % 6 == 5 else "train"
 
@@ -473,11 +480,12 @@ def prepare(source: str, folder: str, seed: int = 0, log: Callable = print) -> S
         raise ValueError(f"{final}: was damaged; delete this folder, and it is prepared anew")
     log("\n".join(index["report"]))
     index |= {key: np.array(index[key]) for key in ("length", "split")}
-    audio = np.asarray(np.memmap(f"{final}/audio.i16", np.int16, "r"))
-    return SimpleNamespace(name=os.path.basename(final), audio=audio, **index)
+    samples = np.asarray(np.memmap(f"{final}/audio.i16", np.int16, "r"))
+    return SimpleNamespace(name=os.path.basename(final), audio=samples, **index)
 
 def decode_all(entries: list[Entry], audio, source: str, seed: int) -> dict:
     """Write every clip to the open file `audio`; return the index, with the report that `prepare` prints."""
+    sounds: Iterable[tuple[Entry, Iterable[torch.Tensor]]]
     sounds = ((entry, read_blocks(entry.path)) for entry in entries)
     if source == "world":
         sounds = ((Entry(f"world/{i:04d}", [caption], split), [torch.from_numpy(wave)])
@@ -538,7 +546,7 @@ class AudioData:
             parts.append(prepare(match[1] if match else source, folder, seed, log))
         seconds = [part.length.sum() / SAMPLE_RATE for part in parts]
         self.key = hashlib.sha256(ascii([part.name for part in parts]).encode()).hexdigest()[:12]
-        weights = [w or 1.0 for w in weights] if any(weights) else seconds
+        shares = [w or 1.0 for w in weights] if any(weights) else seconds
         # All clips in one row, those of each split, and the cumulative chance to be drawn for training: by
         # weight, then by length.
         self.sounds = [x for part in parts for x in np.split(part.audio, np.cumsum(part.length)[:-1])]
@@ -548,8 +556,8 @@ class AudioData:
         splits = np.concatenate([part.split for part in parts])
         self.order = {name: np.flatnonzero(np.isin(splits, (name, "both"))) for name in ("train", "val")}
         sizes = [np.isin(part.split, ("train", "both")) * part.length for part in parts]
-        chance = np.concatenate([w * size / size.sum() for w, size in zip(weights, sizes)])
-        self.chance = np.cumsum(chance[self.order["train"]] / sum(weights))
+        chance = np.concatenate([w * size / size.sum() for w, size in zip(shares, sizes)])
+        self.chance = np.cumsum(chance[self.order["train"]] / sum(shares))
 
     def read(self, k: int, length: int, begin: int = 0) -> torch.Tensor:
         """(length,) float32 of clip k from sample `begin` on; zeros lie before and after it."""
@@ -640,7 +648,7 @@ def one_line_errors():
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         text = " ".join(str(error).split())
         if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", text):
-            text = "out of memory; lower --batch or --seconds, or take a smaller --size"
+            text = "out of memory; halve --batch (of train_lm.py: --micro) or --seconds, or a smaller --size"
         elif isinstance(error, RuntimeError):
             raise
         elif isinstance(error, OSError) and error.filename:

@@ -227,6 +227,8 @@ class AudioLM(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
         self.ln_f = nn.LayerNorm(cfg.width)
         self.heads = nn.Linear(cfg.width, cfg.streams * cfg.codes, bias=False)  # K heads in one product
+        self.first: torch.Tensor
+        self.turn: torch.Tensor
         first = torch.arange(cfg.streams) * cfg.codes  # row of each table
         self.register_buffer("first", first, persistent=False)
         turn = turns(cfg.window + cfg.frames, cfg.width // cfg.heads)
@@ -275,9 +277,13 @@ class AudioLM(nn.Module):
         """Logits (B, K, F, V) of every frame given the text u and the frames before it."""
         x = self.drop(self.inputs(codes[:, :, :-1], heard))  # (B, F, d)
         x = torch.cat((u, x), 1)  # (B, N + F, d)
-        for block in self.blocks:
-            x = block(x, block.cross.keys(u), self.turn[:, : x.shape[1]])
+        for block, keys in zip(self.blocks, self.keys(u)):
+            x = block(x, keys, self.turn[:, : x.shape[1]])
         return self.to_logits(x[:, u.shape[1] :])
+
+    def keys(self, u):
+        """What the cross-attention of each block reads of the text u."""
+        return [block.cross.keys(u) for block in self.blocks]
 
     def inputs(self, codes, heard=None):
         """The start vector and the given frames: (B, 1 + F, d)."""
@@ -314,7 +320,7 @@ class AudioLM(nn.Module):
         u = self.text_encoder(text)
         # One query at a time, a CPU's attention in bfloat16 takes six times as long as in float32.
         kept = torch.float32 if u.device.type == "cpu" else u.dtype
-        keys = [layer.cross.keys(u).to(kept) for layer in self.blocks]
+        keys = [k.to(kept) for k in self.keys(u)]
         cfg, places = self.cfg, u.shape[1] + self.cfg.frames
         on_device = torch.arange(places, device=u.device)
         shape = (cfg.layers, 2, len(u), cfg.heads, places, cfg.width // cfg.heads)
@@ -336,12 +342,12 @@ class AudioLM(nn.Module):
             room = min(self.cfg.frames - given, frames - made)
             for first in range(0, room, block):
                 n = min(block, room - first)
-                shape = (n, self.cfg.streams, self.cfg.codes)
-                noise = torch.stack([torch.rand(shape, generator=g) for g in generators]).to(u.device)
-                codes = []
+                draws = (n, cfg.streams, cfg.codes)
+                noise = torch.stack([torch.rand(draws, generator=g) for g in generators]).to(u.device)
+                chosen = []
                 for i in range(n):
                     code = choose(guide(logits, guidance), noise[:, i], temperature, top_k, top_p)  # (B, K)
-                    codes.append(code)
+                    chosen.append(code)
                     place = u.shape[1] + given + first + i + 1
                     if place < places:
                         code, there = code.repeat(len(u) // B, 1), on_device[place : place + 1]
@@ -350,7 +356,7 @@ class AudioLM(nn.Module):
                         else:  # reads only so much of the cache as is filled
                             visible = cache[:, :, :, :, : place // 64 * 64 + 64]  # few different shapes
                             logits = self.step(code, there, keys, visible)
-                codes = torch.stack(codes, 2)
+                codes = torch.stack(chosen, 2)
                 yield codes
                 made += n
                 history = torch.cat((history, codes), 2)

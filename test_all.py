@@ -569,7 +569,7 @@ def test_running_out_of_memory_says_which_flag_to_lower(error, capsys):
     with pytest.raises(SystemExit) as stop, D.one_line_errors():
         raise error
     assert stop.value.code == 2
-    assert re.fullmatch("error: out of memory; lower --batch.*\n", capsys.readouterr().err)
+    assert re.fullmatch("error: out of memory; halve --batch.*\n", capsys.readouterr().err)
 
 
 def test_a_bug_keeps_its_traceback():
