@@ -579,11 +579,11 @@ class AudioData:
         return k, begin, wave, self.words[k][int(rng.integers(len(self.words[k])))]
 
     def batch(self, n: int, length: int, rng, mix_share: float = 0.0, loud: float = 0.0) -> tuple:
-        """(n, length) float32 random crops of training clips and their captions, a share of them mixed in
-        pairs (section 4). Crops reach `loud` times the peak of their clip."""
-        waves, captions = [], []
+        """(n, length) float32 random crops of training clips, their captions, and at which sample of its clip
+        each begins. A share is mixed in pairs (section 4). Crops reach `loud` times the peak of their clip."""
+        waves, captions, begins = [], [], []
         for _ in range(n):
-            k, _, wave, words = self.draw(rng, length, loud)
+            k, begin, wave, words = self.draw(rng, length, loud)
             if rng.random() < mix_share:
                 other, _, second, more = self.draw(rng, length, loud, but=k)
                 if other != k:
@@ -591,7 +591,8 @@ class AudioData:
                     wave, words = mix(wave, second, rng.uniform(-5, 5), offset), f"{words} and {more}"
             waves.append(wave)
             captions.append(words)
-        return torch.stack(waves), captions
+            begins.append(begin)
+        return torch.stack(waves), captions, begins
 
     def clips(self, split: str, length: int, limit: int | None = None) -> tuple[torch.Tensor, list, list]:
         """Always the same clips, from their beginning: (n, length) float32, first captions, names. With a

@@ -262,23 +262,29 @@ class AudioLM(nn.Module):
         """(B, F, d) to (B, K, F, V)."""
         return self.heads(self.ln_f(x)).unflatten(2, (self.cfg.streams, -1)).transpose(1, 2)
 
-    def forward(self, codes, text, heard=None):
+    def forward(self, codes, text, heard=None, begin=None):
         """Codes (B, K, F), text ids (B, N) padded with 0 -> logits (B, K, F, V), loss (): the mean
         cross-entropy over streams and audio frames; text is never predicted. F is at most `cfg.frames`. Where
-        `heard` (B,) is 0 instead of 1, every frame has to be predicted from the words alone."""
+        `heard` (B,) is 0 instead of 1, every frame has to be predicted from the words alone. `begin` (B,) says
+        which frame of its clip is the first here: 0, if it is not given."""
         if codes.shape[2] > self.cfg.frames:
             raise ValueError(f"{codes.shape[2]} frames, the model reads {self.cfg.frames}: cut the clip")
         u = self.text_encoder(text)  # (B, N, d)
-        logits = self.predict(u, codes, heard)
+        logits = self.predict(u, codes, heard, begin)
         loss = F.cross_entropy(logits.flatten(0, 2).float(), codes.flatten())
         return logits, loss
 
-    def predict(self, u, codes, heard=None):
+    def predict(self, u, codes, heard=None, begin=None):
         """Logits (B, K, F, V) of every frame given the text u and the frames before it."""
         x = self.drop(self.inputs(codes[:, :, :-1], heard))  # (B, F, d)
         x = torch.cat((u, x), 1)  # (B, N + F, d)
+        turn = self.turn[:, : x.shape[1]]
+        if begin is not None:  # the sound is as far from its text as it will be in a whole clip
+            place = torch.arange(x.shape[1], device=x.device)
+            place = place + (place >= u.shape[1]) * begin[:, None]  # (B, N + F)
+            turn = self.turn[:, place][:, :, None]  # (2, B, 1, N + F, d / 2 H)
         for block, keys in zip(self.blocks, self.keys(u)):
-            x = block(x, keys, self.turn[:, : x.shape[1]])
+            x = block(x, keys, turn)
         return self.to_logits(x[:, u.shape[1] :])
 
     def keys(self, u):

@@ -367,10 +367,18 @@ def test_batches_depend_on_the_generator_alone(tmp_path):
     assert not torch.equal(first[0], other[0])
 
 
+def test_a_batch_says_where_in_its_clip_each_crop_begins(tmp_path):
+    data = D.AudioData([write_table(tmp_path, [("a.wav", hiss(2), "rain")])], str(tmp_path), log=quiet)
+    waves, _, begins = data.batch(20, 1000, np.random.default_rng(0))
+    assert len(set(begins)) > 15
+    for wave, begin in zip(waves, begins):
+        assert torch.equal(wave, data.read(0, 1000, begin))
+
+
 def test_silent_crops_are_drawn_again(tmp_path):
     wave = np.concatenate([np.zeros(2 * RATE, np.float32), hiss(1)])  # two crops in three would be silent
     data = D.AudioData([write_table(tmp_path, [("a.wav", wave, "rain")])], str(tmp_path), log=quiet)
-    waves, _ = data.batch(50, 1000, np.random.default_rng(0))
+    waves, _, _ = data.batch(50, 1000, np.random.default_rng(0))
     assert waves.abs().amax(1).min() > D.SILENCE
 
 
@@ -378,14 +386,14 @@ def test_crops_reach_a_share_of_the_peak_of_their_clip(tmp_path):
     wave = np.concatenate([0.1 * hiss(2), hiss(1)])  # two crops in three are far quieter than the clip
     data = D.AudioData([write_table(tmp_path, [("a.wav", wave, "rain")])], str(tmp_path), log=quiet)
     for loud, seldom in ((0.0, False), (0.5, True)):
-        waves, _ = data.batch(50, 1000, np.random.default_rng(0), loud=loud)
+        waves, _, _ = data.batch(50, 1000, np.random.default_rng(0), loud=loud)
         assert ((waves.abs().amax(1) < 0.5 * np.abs(wave).max()).sum() < 5) == seldom
 
 
 def test_short_clips_are_padded_at_random_places(tmp_path):
     table = write_table(tmp_path, [("a.wav", sine(440, 0.1) + 0.1, "a")])
     data = D.AudioData([table], str(tmp_path), log=quiet)
-    waves, _ = data.batch(20, 8000, np.random.default_rng(0))
+    waves, _, _ = data.batch(20, 8000, np.random.default_rng(0))
     starts = {int(wave.nonzero()[0]) for wave in waves}
     assert waves.shape == (20, 8000) and len(starts) > 10
     assert all(1500 < (wave != 0).sum() <= 1600 for wave in waves)
@@ -395,7 +403,7 @@ def test_weights_set_how_often_a_source_is_drawn(tmp_path):
     a = write_table(tmp_path / "a", [("a.wav", hiss(0.2), "rain")])
     b = write_table(tmp_path / "b", [("b.wav", hiss(2.0), "wind")])
     data = D.AudioData([a + ":2", b], str(tmp_path / "out"), log=quiet)
-    _, captions = data.batch(3000, 100, np.random.default_rng(0))
+    _, captions, _ = data.batch(3000, 100, np.random.default_rng(0))
     assert abs(captions.count("rain") / 3000 - 2 / 3) < 0.04  # more than four standard deviations
 
 
@@ -403,7 +411,7 @@ def test_without_weights_sources_are_drawn_by_their_length(tmp_path):
     a = write_table(tmp_path / "a", [("a.wav", hiss(0.5), "rain")])
     b = write_table(tmp_path / "b", [("b.wav", hiss(2.0), "wind")])
     data = D.AudioData([a, b], str(tmp_path / "out"), log=quiet)
-    _, captions = data.batch(3000, 100, np.random.default_rng(0))
+    _, captions, _ = data.batch(3000, 100, np.random.default_rng(0))
     assert abs(captions.count("rain") / 3000 - 1 / 5) < 0.04
 
 
@@ -418,7 +426,7 @@ def test_mixed_batches_join_two_captions_and_never_a_clip_with_itself(tmp_path):
     words = ("rain", "wind", "fire")
     table = write_table(tmp_path, [(f"{c}.wav", hiss(0.5, i), c) for i, c in enumerate(words)])
     data = D.AudioData([table], str(tmp_path / "out"), log=quiet)
-    waves, captions = data.batch(40, 2000, np.random.default_rng(0), mix_share=1.0)
+    waves, captions, _ = data.batch(40, 2000, np.random.default_rng(0), mix_share=1.0)
     assert all(re.fullmatch(r"\w+ and \w+", caption) for caption in captions)
     assert all(len(set(caption.split(" and "))) == 2 for caption in captions)
     assert waves.abs().max() <= 1
@@ -1180,6 +1188,15 @@ def test_loss_is_the_mean_cross_entropy_of_frames_and_streams(lm, codes):
     assert loss.item() == pytest.approx(np.mean(by_hand), rel=1e-5)
 
 
+def test_a_crop_is_as_far_from_its_text_as_in_its_clip(lm, codes):
+    begin, window = torch.tensor([0, 5]), lm.cfg.window
+    logits = lm(codes[:, :, :19], TEXT, begin=begin)[0]
+    torch.testing.assert_close(logits[:1], lm(codes[:1, :, :19], TEXT[:1])[0])
+    moved = copy.deepcopy(lm)
+    moved.turn = torch.cat((lm.turn[:, :window], lm.turn[:, window + 5 :]), 1)
+    torch.testing.assert_close(logits[1:], moved(codes[1:, :, :19], TEXT[1:])[0])
+
+
 def test_frames_are_embedded_by_the_mean_of_their_streams(lm, codes):
     tables = lm.wte.weight.view(2, 1024, -1)
     expected = (tables[0][codes[:, 0]] + tables[1][codes[:, 1]]) / 2
@@ -1742,12 +1759,12 @@ def test_without_mixing_all_codes_are_computed_once(run, made, clips, small_reci
     data = D.AudioData([str(clips)], "out", log=quiet)
     cached = train_lm.CachedCodes(codec, data, "out", quiet)
     rng, again = np.random.default_rng(5), np.random.default_rng(5)
-    codes, captions = cached.batch(6, 8000, rng, 0.2)  # half of each clip
+    codes, captions, begins = cached.batch(6, 8000, rng, 0.2)  # half of each clip
     assert codes.shape == (6, 4, 63)
-    for crop, caption in zip(codes, captions):
+    for crop, caption, at in zip(codes, captions, begins):
         k, begin, _, words = data.draw(again, 8000, 0.2)
         whole, first = codec.encode(data.read(k, 16000)[None])[0], min(begin // 128, 125 - 63)
-        assert torch.equal(crop, whole[:, first : first + 63]) and caption == words
+        assert torch.equal(crop, whole[:, first : first + 63]) and caption == words and at == 128 * first
     run(train_lm, *flags, "--out", "out")
     assert os.stat(os.path.join("out", name)).st_mtime_ns == before.st_mtime_ns
 

@@ -190,7 +190,7 @@ def main():
     stopper, bad, warned = D.Stopper(), 0, {}
     clock, clock_step = time.time(), start
     for step in tqdm(range(start, steps), initial=start, total=steps, disable=not first, smoothing=0.05):
-        wave, _ = data.batch(batch, crop, np.random.default_rng((args.seed, step)))
+        wave, _, _ = data.batch(batch, crop, np.random.default_rng((args.seed, step)))
         wave = wave.chunk(world)[rank].to(device)
         judged, weights = step >= judge_from, WEIGHTS
         stage = (step - judge_from, steps - judge_from) if judged else (step, judge_from)

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data as D
-from codec import Codec, load_checkpoint
+from codec import Codec, MelLoss, load_checkpoint
 from lm import AudioLM, LMConfig
 
 # `tiny` comes from a few short runs (see README); `base` and `large` follow the paper.
@@ -143,6 +143,69 @@ def measure(lm, tokenizer, held_out, device, wrongs=1):
 
 
 @torch.no_grad()
+def make_sounds(lm, codec, tokenizer, prompts, guidance):
+    """A wave for every prompt (n, T), the first with seed 0, the second with seed 1, and so on."""
+    text, waves = tokenizer.batch(prompts, lm.cfg.window).to(lm.start.device), []
+    for part, seeds in zip(text.split(20), torch.arange(len(text)).split(20)):
+        waves.append(codec.decode(lm.generate(part, lm.cfg.frames, seeds=seeds, guidance=guidance)))
+    return torch.cat(waves)
+
+
+def colour(waves):
+    """What "high" and "low" change: the mean log-mel spectrum of waves (n, T), without its level (n, 64)."""
+    mel = (MelLoss([10], n_mels=64).mel(waves.cpu(), 1024).mean(1) + 1e-4).log()
+    return mel - mel.mean(1, keepdim=True)
+
+
+def pulse(waves):
+    """What "fast" and "slow" change: the log spectrum of the loudness of waves (n, T), in eight bands from
+    .3 to 30 Hz, without its level (n, 8)."""
+    loudness = waves.cpu().unfold(1, 160, 160).square().mean(2).sqrt()  # (n, frames), 100 a second
+    loudness = loudness / loudness.mean(1, keepdim=True).clamp(min=1e-6) - 1
+    power = torch.fft.rfft(loudness * torch.hann_window(loudness.shape[1])).abs().square()
+    f = 100 * torch.arange(power.shape[1]) / loudness.shape[1]
+    edges = torch.logspace(math.log10(0.3), math.log10(30), 9)
+    bands = [power[:, (f >= low) & (f < high)].mean(1) for low, high in zip(edges, edges[1:])]
+    power = torch.stack(bands, 1)
+    power = (power + 1e-3 * power.mean(1, keepdim=True) + 1e-9).log()
+    return power - power.mean(1, keepdim=True)
+
+
+def check_words(lm, codec, tokenizer, guidance, say):
+    """Does the sound world's model do what a word says? "A high siren" must be nearer to the high sirens that
+    the world itself makes than to its low ones; "a siren, then a dog" must begin as a siren."""
+    def real(name, first, n=8, seconds=SECONDS, **how):
+        sounds = [D.synth(name, np.random.default_rng(first + i), seconds, **how) for i in range(n)]
+        return torch.from_numpy(np.stack(sounds))
+
+    def phrase(*words):
+        return " ".join(word for word in (D.SOURCES[words[-1]][1], *words) if word)
+
+    nearer = lambda x, one, other: ((x - one).norm(dim=1) < (x - other).norm(dim=1)).tolist()
+    for word, values, feature in (("pitch", ("high", "low"), colour), ("rate", ("fast", "slow"), pulse)):
+        cases = [(name, *order) for name in D.SOURCES if word in D.SOURCES[name][3]
+                 for order in (values, values[::-1])]
+        made = make_sounds(lm, codec, tokenizer, [phrase(value, name) for name, value, _ in cases], guidance)
+        hits, references = [], []
+        for (name, value, opposite), wave in zip(cases, made):
+            one, other = (feature(real(name, 0, **{word: v})).mean(0) for v in (value, opposite))
+            hits += nearer(feature(wave[None]), one, other)
+            references += nearer(feature(real(name, 100, **{word: value})), one, other)
+        say(f'"{values[0]}" or "{values[1]}" is what is heard: {np.mean(hits):.2f} of {len(hits)} generated '
+            f"sounds, {np.mean(references):.2f} of the world's own")
+    names = list(D.SOURCES)
+    pairs = list(zip(names, names[5:] + names[:5]))
+    made = make_sounds(lm, codec, tokenizer, [f"{phrase(a)}, then {phrase(b)}" for a, b in pairs], guidance)
+    hits = []
+    for (a, b), wave in zip(pairs, made):
+        one, other = (colour(real(name, 0)).mean(0) for name in (a, b))
+        first, second = colour(wave.view(2, -1))
+        hits.append(bool((first - one).norm() + (second - other).norm()
+                         < (first - other).norm() + (second - one).norm()))
+    say(f'", then" is heard in its order: {np.mean(hits):.2f} of {len(hits)} generated sounds')
+
+
+@torch.no_grad()
 def listen(lm, codec, tokenizer, data, device, guidance, folder, say, each=4):
     """Generate, and place the sounds beside real ones: the table of rows that gives the numbers a meaning."""
     length = SECONDS * D.SAMPLE_RATE
@@ -152,12 +215,7 @@ def listen(lm, codec, tokenizer, data, device, guidance, folder, say, each=4):
     classes = sorted(set(train_captions))
     judged = len(classes) <= 50 and len(train_captions) >= 4 * len(classes)
     prompts = [c for c in classes for _ in range(each)] if judged else captions[:40]
-    text = tokenizer.batch(prompts, lm.cfg.window).to(device)
-    waves = []
-    for part, seeds in zip(text.split(20), torch.arange(len(text)).split(20)):
-        codes = lm.generate(part, lm.cfg.frames, seeds=seeds, guidance=guidance)
-        waves.append(codec.decode(codes))
-    waves = torch.cat(waves)
+    waves = make_sounds(lm, codec, tokenizer, prompts, guidance)
     os.makedirs(folder, exist_ok=True)
     for i, (wave, prompt) in enumerate(zip(waves, prompts)):
         name = "".join(c if c.isalnum() else "_" for c in prompt)[:60]
@@ -174,6 +232,8 @@ def listen(lm, codec, tokenizer, data, device, guidance, folder, say, each=4):
         distance = frechet(z["real, held out"].flatten(0, 1), z[name].flatten(0, 1))
         accuracy = f"{centres.accuracy(z[name], names):.3f}" if judged else "n/a"
         say(f"{name:24}{distance:18.3f}{accuracy:>15}")
+    if any(name.startswith("world/") for name in data.names):
+        check_words(lm, codec, tokenizer, guidance, say)
 
 
 def as_text(measures):
@@ -203,14 +263,15 @@ class CachedCodes:
         say(f"codes of {len(self.codes)} clips are kept in {path}")
 
     def batch(self, n, length, rng, loud):
-        """What `AudioData.batch` gives without mixing, as codes (n, K, F), and captions."""
-        codes, captions, frames = [], [], -(-length // self.hop)
+        """What `AudioData.batch` gives without mixing, as codes (n, K, F)."""
+        codes, captions, begins, frames = [], [], [], -(-length // self.hop)
         for _ in range(n):
             k, begin, _, words = self.data.draw(rng, length, loud)
             first = min(max(0, begin) // self.hop, self.codes[k].shape[1] - frames)
             codes.append(self.codes[k][:, first : first + frames])
             captions.append(words)
-        return torch.stack(codes).long(), captions
+            begins.append(first * self.hop)
+        return torch.stack(codes).long(), captions, begins
 
 
 def lr_factor(step, steps):
@@ -350,19 +411,21 @@ def main():
             rng = np.random.default_rng((args.seed, step, rank, i))
             began = D.now(device) if logging else 0.0  # it waits for the GPU: not at every step
             if cached:
-                codes, captions = cached.batch(micro * parts, length // parts, rng, LOUD)
+                codes, captions, begins = cached.batch(micro * parts, length // parts, rng, LOUD)
                 codes = codes.to(device)  # (B, K, F)
             else:
-                wave, captions = data.batch(micro * parts, length // parts, rng, args.mix, LOUD)
+                wave, captions, begins = data.batch(micro * parts, length // parts, rng, args.mix, LOUD)
                 codes = codec.encode(wave.to(device))  # (B, K, F)
             captions = ["" if rng.random() < CAPTION_DROPOUT else c for c in captions]
             text = tokenizer.batch(captions, config.window).to(device)
             heard = torch.from_numpy(rng.random(len(codes)) >= DEAF).to(device)
+            begin = torch.tensor(begins) // codec.cfg.hop
+            begin = begin.clamp(0, config.frames - codes.shape[2]).to(device)
             encoding += D.now(device) - began if logging else 0.0
             last = i == accumulate - 1
             with contextlib.nullcontext() if last or world == 1 else model.no_sync():  # sync gradients once
                 with D.autocast(device):
-                    logits, loss = model(codes, text, heard)
+                    logits, loss = model(codes, text, heard, begin)
                 (loss / accumulate).backward()
             if logging:
                 nll = F.cross_entropy(logits.detach().float().permute(0, 3, 1, 2), codes, reduction="none")
