@@ -165,8 +165,7 @@ def pulse(waves):
     power = torch.fft.rfft(loudness * torch.hann_window(loudness.shape[1])).abs().square()
     f = 100 * torch.arange(power.shape[1]) / loudness.shape[1]
     edges = torch.logspace(math.log10(0.3), math.log10(30), 9)
-    bands = [power[:, (f >= low) & (f < high)].mean(1) for low, high in zip(edges, edges[1:])]
-    power = torch.stack(bands, 1)
+    power = torch.stack([power[:, (edges[i] <= f) & (f < edges[i + 1])].mean(1) for i in range(8)], 1)
     power = (power + 1e-3 * power.mean(1, keepdim=True) + 1e-9).log()
     return power - power.mean(1, keepdim=True)
 
