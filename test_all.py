@@ -1688,6 +1688,24 @@ def small_recipes(monkeypatch):
     monkeypatch.setattr(train_lm, "listen", quiet)
 
 
+def test_the_sound_worlds_words_are_heard_in_its_own_sounds(monkeypatch):
+    def play(phrase, seconds):
+        *words, name = phrase.split()
+        how = {"high": "pitch", "low": "pitch", "fast": "rate", "slow": "rate"}
+        how = {how[word]: word for word in words if word in how}
+        return torch.from_numpy(D.synth(name, np.random.default_rng(2), seconds, **how))
+
+    def obey(lm, codec, tokenizer, prompts, guidance):
+        parts = [prompt.split(", then ") for prompt in prompts]
+        return torch.stack([torch.cat([play(part, 5 / len(some)) for part in some]) for some in parts])
+
+    said = []
+    monkeypatch.setattr(train_lm, "make_sounds", obey)
+    train_lm.check_words(None, None, None, 2.0, said.append)
+    shares = [float(re.search(r"heard .*? in ([.\d]+) of", line)[1]) for line in said]
+    assert len(shares) == 3 and min(shares) > 0.9
+
+
 @pytest.mark.parametrize("script, judge_from", [(train_codec, 0.2), (train_codec, 1.0), (train_lm, 1.0)],
                          ids=["codec", "codec without discriminator", "lm"])
 def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(

@@ -173,35 +173,34 @@ def pulse(waves):
 def check_words(lm, codec, tokenizer, guidance, say):
     """Does the sound world's model do what a word says? "A high siren" must be nearer to the high sirens that
     the world itself makes than to its low ones; "a siren, then a dog" must begin as a siren."""
-    def real(name, first, n=8, seconds=SECONDS, **how):
-        sounds = [D.synth(name, np.random.default_rng(first + i), seconds, **how) for i in range(n)]
+    def real(name, seed, **how):
+        sounds = [D.synth(name, np.random.default_rng([seed, i]), SECONDS, **how) for i in range(4)]
         return torch.from_numpy(np.stack(sounds))
 
-    def phrase(*words):
-        return " ".join(word for word in (D.SOURCES[words[-1]][1], *words) if word)
+    def phrase(name, word=""):
+        text = f"{word} {name}".strip()
+        return f"a{'n' * (text[0] in 'aeiou')} {text}" if D.SOURCES[name][1] else text
 
-    nearer = lambda x, one, other: ((x - one).norm(dim=1) < (x - other).norm(dim=1)).tolist()
     for word, values, feature in (("pitch", ("high", "low"), colour), ("rate", ("fast", "slow"), pulse)):
-        cases = [(name, *order) for name in D.SOURCES if word in D.SOURCES[name][3]
-                 for order in (values, values[::-1])]
-        made = make_sounds(lm, codec, tokenizer, [phrase(value, name) for name, value, _ in cases], guidance)
-        hits, references = [], []
-        for (name, value, opposite), wave in zip(cases, made):
-            one, other = (feature(real(name, 0, **{word: v})).mean(0) for v in (value, opposite))
-            hits += nearer(feature(wave[None]), one, other)
-            references += nearer(feature(real(name, 100, **{word: value})), one, other)
-        say(f'"{values[0]}" or "{values[1]}" is what is heard: {np.mean(hits):.2f} of {len(hits)} generated '
+        names = [name for name in D.SOURCES if word in D.SOURCES[name][3]]
+        prompts = [phrase(name, value) for name in names for value in values]
+        made, hits, references = make_sounds(lm, codec, tokenizer, prompts, guidance), [], []
+        for name, waves in zip(names, made.split(2)):
+            centres = torch.stack([feature(real(name, 0, **{word: value})).mean(0) for value in values])
+            hits += (torch.cdist(feature(waves), centres).argmin(1) == torch.arange(2)).tolist()
+            for i, value in enumerate(values):
+                x = feature(real(name, 1, **{word: value}))
+                references += (torch.cdist(x, centres).argmin(1) == i).tolist()
+        say(f'"{values[0]}" or "{values[1]}" is heard as asked in {np.mean(hits):.2f} of {len(hits)} generated '
             f"sounds, {np.mean(references):.2f} of the world's own")
-    names = list(D.SOURCES)
+    names, hits = list(D.SOURCES), []
     pairs = list(zip(names, names[5:] + names[:5]))
-    made = make_sounds(lm, codec, tokenizer, [f"{phrase(a)}, then {phrase(b)}" for a, b in pairs], guidance)
-    hits = []
-    for (a, b), wave in zip(pairs, made):
-        one, other = (colour(real(name, 0)).mean(0) for name in (a, b))
-        first, second = colour(wave.view(2, -1))
-        hits.append(bool((first - one).norm() + (second - other).norm()
-                         < (first - other).norm() + (second - one).norm()))
-    say(f'", then" is heard in its order: {np.mean(hits):.2f} of {len(hits)} generated sounds')
+    prompts = [f"{phrase(a)}, then {phrase(b)}" for a, b in pairs]
+    for pair, wave in zip(pairs, make_sounds(lm, codec, tokenizer, prompts, guidance)):
+        centres = torch.stack([colour(real(name, 0)).mean(0) for name in pair])
+        distance = torch.cdist(colour(wave.view(2, -1)), centres)  # of either half to either sound
+        hits.append((distance.diagonal().sum() < distance.flip(1).diagonal().sum()).item())
+    say(f'", then" is heard in its order in {np.mean(hits):.2f} of {len(hits)} generated sounds')
 
 
 @torch.no_grad()
