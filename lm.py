@@ -197,7 +197,7 @@ class Replay:
         self.inputs = [x.clone() for x in inputs]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries set themselves up at the first call, which is not for a graph
+        with torch.cuda.stream(side):  # at its first call a library sets itself up, which is not for a graph
             for _ in range(3):
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(side)
@@ -265,8 +265,8 @@ class AudioLM(nn.Module):
     def forward(self, codes, text, heard=None, begin=None):
         """Codes (B, K, F), text ids (B, N) padded with 0 -> logits (B, K, F, V), loss (): the mean
         cross-entropy over streams and audio frames; text is never predicted. F is at most `cfg.frames`. Where
-        `heard` (B,) is 0 instead of 1, every frame has to be predicted from the words alone. `begin` (B,) says
-        which frame of its clip is the first here: 0, if it is not given."""
+        `heard` (B,) is 0 instead of 1, every frame has to be predicted from the words alone. `begin` (B,) is
+        the place of the first frame in its clip, 0 if not given."""
         if codes.shape[2] > self.cfg.frames:
             raise ValueError(f"{codes.shape[2]} frames, the model reads {self.cfg.frames}: cut the clip")
         u = self.text_encoder(text)  # (B, N, d)

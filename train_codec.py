@@ -208,8 +208,8 @@ def main():
         if judged:
             # One forward of D serves both sides; real and decoded clips pass apart, so that what goes back to
             # the codec does not run through the real half (a third of the time). D hears every clip at the
-            # same loudness (quiet ones would be nothing to it), and what it says counts only as far as it does
-            # better than guessing: a balancer gives a term its full share however meaningless it is.
+            # same loudness (quiet ones would be nothing to it), and what it says counts only as far as it
+            # does better than guessing: a balancer gives a term its full share however meaningless it is.
             loudness = wave.std(1, keepdim=True) + 1e-3
             real, real_features = judge(wave / loudness)
             fake, fake_features = judge(wave_hat / loudness)

@@ -191,8 +191,8 @@ def check_words(lm, codec, tokenizer, guidance, say):
             for i, value in enumerate(values):
                 x = feature(real(name, 1, **{word: value}))
                 references += (torch.cdist(x, centres).argmin(1) == i).tolist()
-        say(f'"{values[0]}" or "{values[1]}" is heard as asked in {np.mean(hits):.2f} of {len(hits)} generated '
-            f"sounds, {np.mean(references):.2f} of the world's own")
+        say(f'"{values[0]}" or "{values[1]}" is heard as asked in {np.mean(hits):.2f} of {len(hits)} sounds, '
+            f"in {np.mean(references):.2f} of the world's own")
     names, hits = list(D.SOURCES), []
     pairs = list(zip(names, names[5:] + names[:5]))
     prompts = [f"{phrase(a)}, then {phrase(b)}" for a, b in pairs]
@@ -200,7 +200,7 @@ def check_words(lm, codec, tokenizer, guidance, say):
         centres = torch.stack([colour(real(name, 0)).mean(0) for name in pair])
         distance = torch.cdist(colour(wave.view(2, -1)), centres)  # of either half to either sound
         hits.append((distance.diagonal().sum() < distance.flip(1).diagonal().sum()).item())
-    say(f'", then" is heard in its order in {np.mean(hits):.2f} of {len(hits)} generated sounds')
+    say(f'", then" is heard in its order in {np.mean(hits):.2f} of {len(hits)} sounds')
 
 
 @torch.no_grad()
