@@ -579,8 +579,8 @@ class AudioData:
         return k, begin, wave, self.words[k][int(rng.integers(len(self.words[k])))]
 
     def batch(self, n: int, length: int, rng, mix_share: float = 0.0, loud: float = 0.0) -> tuple:
-        """(n, length) float32 random crops of training clips, their captions, and the sample of its clip at
-        which each begins. A share is mixed in pairs (section 4). Crops reach `loud` times their clip's peak."""
+        """(n, length) float32 random crops of training clips, their captions, and at which sample each begins.
+        A share is mixed in pairs (section 4). Crops reach `loud` times the peak of their clip."""
         waves, captions, begins = [], [], []
         for _ in range(n):
             k, begin, wave, words = self.draw(rng, length, loud)
