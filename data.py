@@ -579,7 +579,7 @@ class AudioData:
         return k, begin, wave, self.words[k][int(rng.integers(len(self.words[k])))]
 
     def batch(self, n: int, length: int, rng, mix_share: float = 0.0, loud: float = 0.0) -> tuple:
-        """(n, length) float32 random crops of training clips, their captions, and at which sample each begins.
+        """(n, length) float32 random crops of training clips, their captions, and the sample each begins at.
         A share is mixed in pairs (section 4). Crops reach `loud` times the peak of their clip."""
         waves, captions, begins = [], [], []
         for _ in range(n):
