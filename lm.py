@@ -368,9 +368,10 @@ class AudioLM(nn.Module):
                 history = torch.cat((history, codes), 2)
 
     def pack(self):
-        """Ready the model for sampling, in place: on a CPU its matrices are packed once and for all. It can
+        """Ready the model for sampling, in place: on an x86 its matrices are packed once and for all. It can
         then no longer be trained or saved."""
-        if self.start.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        x86 = torch.backends.mkldnn.is_available() and "AVX" in torch.backends.cpu.get_cpu_capability()
+        if x86 and self.start.device.type == "cpu":
             for parent in [self, *self.blocks.modules()]:
                 for name, layer in list(parent.named_children()):
                     if isinstance(layer, nn.Linear):
