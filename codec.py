@@ -31,7 +31,7 @@ SAMPLE_RATE = 16000
 STRIDES = {1: (2, 2, 2, 4), 2: (2, 2, 4, 4), 4: (2, 4, 4, 4), 8: (4, 4, 4, 4)}
 CHANNELS = {"tiny": 16, "paper": 32}
 LOUDNESS = 0.1  # the usual RMS of a clip; inside the networks it counts as 1
-HUSH = 2**-13  # four steps of a 16-bit file, -78 dB: what is quieter than that is decoded as silence
+HUSH = 2**-13  # four steps of a 16-bit file, -78 dB: decoded sound is so much nearer to 0, or silent
 
 
 @dataclass

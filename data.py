@@ -439,6 +439,7 @@ def make_world(n: int, seconds: float = 5.0, seed: int = 0) -> Iterator[tuple[np
 # ----------------------------------------------------------------------------------------------------------
 # Preparation: decode everything once into one file of int16 that training maps into memory, and an index.
 FORMAT = 4  # raise it when what is written changes, the sound world included, and everything is prepared anew
+WORLD_NAME = re.compile(r"world/\d{4}")  # of its clips, which are no files
 WORLD_CLIPS = 720  # an hour of 5 s clips: 600 to train on and 120 to validate on, 30 of these held-out pairs
 
 def prepare(source: str, folder: str, seed: int = 0, log: Callable = print) -> SimpleNamespace:
@@ -473,10 +474,14 @@ def prepare(source: str, folder: str, seed: int = 0, log: Callable = print) -> S
             raise OSError(f"{folder}: {error.strerror or error}; make space or use another --out") from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
-    with open(f"{final}/index.json", "rb") as file:
-        checksum, _, text = file.read().partition(b"\n")
+    try:
+        with open(f"{final}/index.json", "rb") as file:
+            checksum, _, text = file.read().partition(b"\n")
+        size = os.path.getsize(f"{final}/audio.i16")
+    except FileNotFoundError:
+        checksum, text, size = b"", b"", 0
     index = json.loads(text) if checksum == b"%08x" % zlib.crc32(text) else {"length": [-1]}
-    if 2 * sum(index["length"]) != os.path.getsize(f"{final}/audio.i16"):
+    if 2 * sum(index["length"]) != size:
         raise ValueError(f"{final}: was damaged; delete this folder, and it is prepared anew")
     log("\n".join(index["report"]))
     index |= {key: np.array(index[key]) for key in ("length", "split")}
@@ -649,7 +654,8 @@ def one_line_errors():
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         text = " ".join(str(error).split())
         if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", text):
-            text = "out of memory; halve --batch (of train_lm.py: --micro) or --seconds, or a smaller --size"
+            text = ("out of memory; halve --batch (of train_lm.py --micro, of sample.py --num_samples), or "
+                    "take a smaller --size")
         elif isinstance(error, RuntimeError):
             raise
         elif isinstance(error, OSError) and error.filename:

@@ -62,7 +62,8 @@ def turns(places: int, size: int):
 def rotate(x, turn):
     """Queries or keys (B, H, T, d / H), each pair turned by an angle that grows with its place (RoPE, arXiv
     2104.09864): a product of the two then knows how far apart they are, which a table of learnt positions
-    has to find out for every pair of places. (2, T, d / 2 H) are the `turns` of these places."""
+    has to find out for every pair of places. (2, T, d / 2 H) are the `turns` of these places;
+    with a place of its own for each clip they are (2, B, 1, T, d / 2 H)."""
     cos, sin = turn.to(x.dtype)
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
@@ -178,7 +179,7 @@ class TextEncoder(nn.Module):
 class PackedLinear(nn.Module):
     """A linear layer for sampling on a CPU, its weight in the order in which the kernel reads it. Put so anew
     at every call, as `nn.Linear` does, it takes half as long again in bfloat16 and twice as long in float32.
-    These are the operators that torch.compile comes to after a minute; it has no gradient."""
+    torch.compile uses these operators, too, after half a minute; they have no gradient."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -194,15 +195,15 @@ class Replay:
     are small and would be over before the next is launched."""
 
     def __init__(self, function, *inputs):
-        self.inputs = [x.clone() for x in inputs]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        self.inputs, device = [x.clone() for x in inputs], inputs[0].device  # need not be the current one
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):  # at its first call a library sets itself up, which is not for a graph
             for _ in range(3):
                 function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream(device).wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
             self.output = function(*self.inputs)
 
     def __call__(self, *inputs):
@@ -266,7 +267,7 @@ class AudioLM(nn.Module):
         """Codes (B, K, F), text ids (B, N) padded with 0 -> logits (B, K, F, V), loss (): the mean
         cross-entropy over streams and audio frames; text is never predicted. F is at most `cfg.frames`. Where
         `heard` (B,) is 0 instead of 1, every frame has to be predicted from the words alone. `begin` (B,) is
-        the place of the first frame in its clip, 0 if not given."""
+        the place of the first frame in its clip, 0 if not given, at most `cfg.frames` - F."""
         if codes.shape[2] > self.cfg.frames:
             raise ValueError(f"{codes.shape[2]} frames, the model reads {self.cfg.frames}: cut the clip")
         u = self.text_encoder(text)  # (B, N, d)
@@ -370,8 +371,8 @@ class AudioLM(nn.Module):
     def pack(self):
         """Ready the model for sampling, in place: on an x86 its matrices are packed once and for all. It can
         then no longer be trained or saved."""
-        x86 = torch.backends.mkldnn.is_available() and "AVX" in torch.backends.cpu.get_cpu_capability()
-        if x86 and self.start.device.type == "cpu":
+        x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+        if x86 and torch.backends.mkldnn.is_available() and self.start.device.type == "cpu":
             for parent in [self, *self.blocks.modules()]:
                 for name, layer in list(parent.named_children()):
                     if isinstance(layer, nn.Linear):

@@ -2,7 +2,7 @@
 
     python train_codec.py                                  the built-in sound world, on whatever machine
     python train_codec.py --data clips.csv                 your own clips: a CSV, JSONL or folder (see README)
-    python train_codec.py --data one_clip/ --steps 400     learn one clip by heart: the first thing to try
+    python train_codec.py --data one_clip/ --out one --steps 400    learn one clip by heart: try this first
     python train_codec.py --data clips.csv --resume        go on after an interruption
     python train_codec.py --data clips.csv --eval_only     measure the codec in --out on the held-out clips
     torchrun --nproc_per_node=8 train_codec.py --data ...  several GPUs (add --nnodes for several machines)

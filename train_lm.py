@@ -230,7 +230,7 @@ def listen(lm, codec, tokenizer, data, device, guidance, folder, say, each=4):
         distance = frechet(z["real, held out"].flatten(0, 1), z[name].flatten(0, 1))
         accuracy = f"{centres.accuracy(z[name], names):.3f}" if judged else "n/a"
         say(f"{name:24}{distance:18.3f}{accuracy:>15}")
-    if any(name.startswith("world/") for name in data.names):
+    if any(D.WORLD_NAME.fullmatch(name) for name in data.names):
         check_words(lm, codec, tokenizer, guidance, say)
 
 
@@ -243,7 +243,7 @@ def as_text(measures):
 
 
 class CachedCodes:
-    """Codes of every training clip, computed once and kept beside the data: where nothing is mixed, no step
+    """Codes of every training clip, computed once and kept on disk: where nothing is mixed, no step
     has to wait for the codec. The file's name holds the hashes of codec and data."""
 
     def __init__(self, codec, data, folder, say):
@@ -261,7 +261,7 @@ class CachedCodes:
         say(f"codes of {len(self.codes)} clips are kept in {path}")
 
     def batch(self, n, length, rng, loud):
-        """What `AudioData.batch` gives without mixing, as codes (n, K, F)."""
+        """What `AudioData.batch` gives without mixing, as codes (n, K, F); short clips come first in them."""
         codes, captions, begins, frames = [], [], [], -(-length // self.hop)
         for _ in range(n):
             k, begin, _, words = self.data.draw(rng, length, loud)
@@ -336,7 +336,7 @@ def main():
     length = SECONDS * D.SAMPLE_RATE
     waves, captions, names = data.clips("val", length, limit=120)
     codes = torch.cat([codec.encode(wave) for wave in waves.to(device).split(8)])
-    pairs = [name.startswith("world/") and D.is_held_out(c) for name, c in zip(names, captions)]
+    pairs = [bool(D.WORLD_NAME.fullmatch(name)) and D.is_held_out(c) for name, c in zip(names, captions)]
     pool = captions + [data.words[k][0] for k in data.order["train"]]  # of which wrong captions are drawn
     held_out = codes, captions, torch.tensor(pairs, device=device), pool
 
@@ -418,7 +418,7 @@ def main():
             text = tokenizer.batch(captions, config.window).to(device)
             heard = torch.from_numpy(rng.random(len(codes)) >= DEAF).to(device)
             begin = torch.tensor(begins) // codec.cfg.hop
-            begin = begin.clamp(0, config.frames - codes.shape[2]).to(device)
+            begin = begin.clamp(0, config.frames - codes.shape[2]).to(device)  # later than that is its end
             encoding += D.now(device) - began if logging else 0.0
             last = i == accumulate - 1
             with contextlib.nullcontext() if last or world == 1 else model.no_sync():  # sync gradients once
