@@ -396,6 +396,11 @@ HELD_OUT_PAIRS = [{"siren", "rain"}, {"dog", "clock"}, {"bell", "wind"}, {"bird"
 def is_held_out(caption: str) -> bool:
     return any(pair <= set(re.findall(r"[a-z]+", caption)) for pair in HELD_OUT_PAIRS)
 
+def phrase(name: str, *attributes: str | None) -> str:
+    """A source and what is said of it: 'a fast high siren', 'an alarm', 'slow footsteps'."""
+    words = " ".join(word for word in (*attributes, name) if word)
+    return f"{SOURCES[name][1] and ('an' if words[0] in 'aeiou' else 'a')} {words}".strip()
+
 def synth(name: str, rng, seconds: float = 5.0, pitch=None, rate=None, distance=None) -> np.ndarray:
     """One source, float32 (T,): pitch 'high' or 'low', rate 'fast' or 'slow', distance 'near' or 'far'."""
     n = int(seconds * SAMPLE_RATE)
@@ -423,13 +428,12 @@ def make_world(n: int, seconds: float = 5.0, seed: int = 0) -> Iterator[tuple[np
         length = seconds / 2 if how in (", then ", " followed by ") else seconds
         sounds, phrases = [], []
         for name in names:
-            _, article, verb, follows = SOURCES[name]
+            _, _, verb, follows = SOURCES[name]
             pitch = pick([None, "high", "low"]) if "pitch" in follows else None
             rate = pick([None, "fast", "slow"]) if "rate" in follows else None
             distance, behind = pick([None, None, "near", "far"]), rng.random() < 0.4
             sounds.append(synth(name, rng, length, pitch, rate, distance))
-            words = " ".join(word for word in (None if behind else distance, rate, pitch, name) if word)
-            words = f"{article and ('an' if words[0] in 'aeiou' else 'a')} {words}".strip()
+            words = phrase(name, None if behind else distance, rate, pitch)
             if how == " while " or (how != " followed by " and rng.random() < 0.5):
                 words += f" {verb}"
             phrases.append(words + {"far": " far away", "near": " close by"}.get(distance, "") * behind)
@@ -477,12 +481,13 @@ def prepare(source: str, folder: str, seed: int = 0, log: Callable = print) -> S
     try:
         with open(f"{final}/index.json", "rb") as file:
             checksum, _, text = file.read().partition(b"\n")
-        size = os.path.getsize(f"{final}/audio.i16")
-    except FileNotFoundError:
-        checksum, text, size = b"", b"", 0
-    index = json.loads(text) if checksum == b"%08x" % zlib.crc32(text) else {"length": [-1]}
-    if 2 * sum(index["length"]) != size:
-        raise ValueError(f"{final}: was damaged; delete this folder, and it is prepared anew")
+        if checksum != b"%08x" % zlib.crc32(text):
+            raise ValueError("index.json is not as it was written")
+        index = json.loads(text)
+        if os.path.getsize(f"{final}/audio.i16") != 2 * sum(index["length"]):
+            raise ValueError("audio.i16 is not as long as its clips")
+    except (FileNotFoundError, ValueError):
+        raise ValueError(f"{final}: was damaged; delete this folder, and it is prepared anew") from None
     log("\n".join(index["report"]))
     index |= {key: np.array(index[key]) for key in ("length", "split")}
     samples = np.asarray(np.memmap(f"{final}/audio.i16", np.int16, "r"))

@@ -177,13 +177,9 @@ def check_words(lm, codec, tokenizer, guidance, say):
         sounds = [D.synth(name, np.random.default_rng([seed, i]), SECONDS, **how) for i in range(4)]
         return torch.from_numpy(np.stack(sounds))
 
-    def phrase(name, word=""):
-        text = f"{word} {name}".strip()
-        return f"a{'n' * (text[0] in 'aeiou')} {text}" if D.SOURCES[name][1] else text
-
     for word, values, feature in (("pitch", ("high", "low"), colour), ("rate", ("fast", "slow"), pulse)):
         names = [name for name in D.SOURCES if word in D.SOURCES[name][3]]
-        prompts = [phrase(name, value) for name in names for value in values]
+        prompts = [D.phrase(name, value) for name in names for value in values]
         made, hits, references = make_sounds(lm, codec, tokenizer, prompts, guidance), [], []
         for name, waves in zip(names, made.split(2)):
             centres = torch.stack([feature(real(name, 0, **{word: value})).mean(0) for value in values])
@@ -194,10 +190,11 @@ def check_words(lm, codec, tokenizer, guidance, say):
         say(f'"{values[0]}" or "{values[1]}" is heard as asked in {np.mean(hits):.2f} of {len(hits)} sounds, '
             f"in {np.mean(references):.2f} of the world's own")
     names, hits = list(D.SOURCES), []
+    centre = {name: colour(real(name, 0)).mean(0) for name in names}
     pairs = list(zip(names, names[5:] + names[:5]))
-    prompts = [f"{phrase(a)}, then {phrase(b)}" for a, b in pairs]
+    prompts = [f"{D.phrase(a)}, then {D.phrase(b)}" for a, b in pairs]
     for pair, wave in zip(pairs, make_sounds(lm, codec, tokenizer, prompts, guidance)):
-        centres = torch.stack([colour(real(name, 0)).mean(0) for name in pair])
+        centres = torch.stack([centre[name] for name in pair])
         distance = torch.cdist(colour(wave.view(2, -1)), centres)  # of either half to either sound
         hits.append((distance.diagonal().sum() < distance.flip(1).diagonal().sum()).item())
     say(f'", then" is heard in its order in {np.mean(hits):.2f} of {len(hits)} sounds')
