@@ -54,19 +54,19 @@ class LMConfig:
 
 
 def turns(places: int, size: int):
-    """Cosine and sine (2, places, size / 2) of the angles by which `rotate` turns the pairs of a head."""
+    """(2, places, size): the cosine and sine of the angles by which `rotate` turns the pairs of a head."""
     angle = torch.arange(places)[:, None] / 10000 ** (torch.arange(0, size, 2) / size)
-    return torch.stack((angle.cos(), angle.sin()))
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack((torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)))
 
 
 def rotate(x, turn):
-    """Queries or keys (B, H, T, d / H), each pair turned by an angle that grows with its place (RoPE, arXiv
+    """Queries or keys (.., B, H, T, d / H), each pair turned by an angle that grows with its place (RoPE, arXiv
     2104.09864): a product of the two then knows how far apart they are, which a table of learnt positions
-    has to find out for every pair of places. (2, T, d / 2 H) are the `turns` of these places;
-    with a place of its own for each clip they are (2, B, 1, T, d / 2 H)."""
+    has to find out for every pair of places. (2, T, d / H) are the `turns` of these places;
+    with a place of its own for each clip they are (2, B, 1, T, d / H)."""
     cos, sin = turn.to(x.dtype)
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin  # the pairs are the two halves of a head
 
 
 class SelfAttention(nn.Module):
@@ -81,9 +81,9 @@ class SelfAttention(nn.Module):
         kept; `step` is then None for the first T places at once, or for a single one its place (1,), and
         `mask` says what it may see."""
         B, T, d = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, d / H) each
+        q, k, v = qkv = self.c_attn(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, d / H)
         if turn is not None:
-            q, k = rotate(q, turn), rotate(k, turn)
+            q, k = rotate(qkv[:2], turn)
         if step is None:
             if cache is not None:
                 cache[:, :, :, :T] = torch.stack((k, v))
@@ -283,7 +283,7 @@ class AudioLM(nn.Module):
         if begin is not None:  # the sound is as far from its text as it will be in a whole clip
             place = torch.arange(x.shape[1], device=x.device)
             place = place + (place >= u.shape[1]) * begin[:, None]  # (B, N + F)
-            turn = self.turn[:, place][:, :, None]  # (2, B, 1, N + F, d / 2 H)
+            turn = self.turn[:, place][:, :, None]  # (2, B, 1, N + F, d / H)
         for block, keys in zip(self.blocks, self.keys(u)):
             x = block(x, keys, turn)
         return self.to_logits(x[:, u.shape[1] :])
@@ -330,7 +330,8 @@ class AudioLM(nn.Module):
         keys = [k.to(kept) for k in self.keys(u)]
         cfg, places = self.cfg, u.shape[1] + self.cfg.frames
         on_device = torch.arange(places, device=u.device)
-        shape = (cfg.layers, 2, len(u), cfg.heads, places, cfg.width // cfg.heads)
+        kept_places = -(-places // 8) * 8  # GPU kernels want masks of such lengths
+        shape = (cfg.layers, 2, len(u), cfg.heads, kept_places, cfg.width // cfg.heads)
         cache = torch.zeros(shape, dtype=kept, device=u.device)
         if u.is_cuda:
             example = text.new_zeros(len(u), cfg.streams), text.new_zeros(1)
@@ -382,10 +383,10 @@ class AudioLM(nn.Module):
     def step(self, codes, place, keys, cache):
         """One frame (B, K) at `place` (1,) of the sequence to the logits of the next (B, K, V). Nothing in it
         waits for a transfer, so that a GPU can replay it."""
-        x = self.embed(codes[:, :, None])  # (B, 1, d)
-        mask = torch.arange(cache.shape[4], device=x.device) <= place  # (S,)
+        x, turn = self.embed(codes[:, :, None]), self.turn[:, place]  # (B, 1, d)
+        mask = torch.arange(cache.shape[4], device=x.device)[None] <= place  # (1, S)
         for layer, k, c in zip(self.blocks, keys, cache):
-            x = layer(x, k, self.turn[:, place], c, place, mask[None])
+            x = layer(x, k, turn, c, place, mask)
         return self.to_logits(x)[:, :, 0]
 
     # ------------------------------------------------------------------------------------------------------

@@ -171,7 +171,9 @@ def main():
         start, accuracy = saved["step"], saved["accuracy"]
         torch.set_rng_state(saved["rng"])
     log = D.Log(os.path.join(args.out, "codec.csv"), start) if first else None
-    step_codec = torch.compile(codec, dynamic=False) if cuda else codec
+    if cuda:
+        for part in (codec.encoder, codec.decoder):
+            part.compile(dynamic=False)
 
     def save(step):
         if first:
@@ -199,7 +201,7 @@ def main():
 
         if not judged:
             with D.autocast(device):
-                wave_hat, codes, commitment = step_codec(wave)
+                wave_hat, codes, commitment = codec(wave)
         else:
             codes, commitment = average.encode(wave), torch.zeros((), device=device)
             with D.autocast(device):

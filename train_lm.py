@@ -373,7 +373,10 @@ def main():
         start = saved["step"]
         torch.set_rng_state(saved["rng"])
     log = D.Log(os.path.join(args.out, "lm.csv"), start) if first else None
-    model = torch.compile(lm, dynamic=False) if cuda else lm
+    if cuda:  # block by block: what one compiles to serves all the others
+        for block in [*lm.text_encoder.blocks, *lm.blocks]:
+            block.compile(dynamic=False)
+    model = lm
     if world > 1:
         model = DistributedDataParallel(model, device_ids=[device.index] if cuda else None)
 
