@@ -481,7 +481,7 @@ class ScaleDiscriminator(nn.Module):
         for layer in self.convs:
             x = F.leaky_relu(layer(x), 0.2)
             features.append(x)
-        return self.logit(x), features
+        return self.logit(x).float(), features
 
 
 class STFTDiscriminator(nn.Module):
@@ -510,7 +510,7 @@ def generator_loss(fake):
 def feature_loss(real, fake):
     """Feature matching: mean over K scales and L layers of the L1 distance of their features."""
     pairs = [(r, f) for R, F_ in zip(real, fake) for r, f in zip(R, F_)]
-    return sum((f - r.detach()).abs().mean() for r, f in pairs) / len(pairs)
+    return sum((f - r.detach()).abs().mean(dtype=torch.float32) for r, f in pairs) / len(pairs)
 
 
 class Balancer(nn.Module):

@@ -148,14 +148,15 @@ def main():
 
     # Models: the codec, its running average (the one that is kept), and the adversary.
     torch.manual_seed(args.seed)
-    codec = Codec(config).to(device).train()
-    average = copy.deepcopy(codec).eval().requires_grad_(False)
+    codec = Codec(config).train()
+    average = copy.deepcopy(codec).eval().requires_grad_(False).to(device)  # before: LSTMs copy badly on GPUs
+    codec = codec.to(device)
     balancer = Balancer(WEIGHTS).to(device)
     parameters = list(codec.parameters())
     optimizers = make_optimizers(codec, recipe["lr"])
     state = {"codec": codec, "average": average, "balancer": balancer} | optimizers
     if recipe["judge_from"] < 1:
-        judge = STFTDiscriminator(JUDGE_FILTERS).to(device)
+        judge = STFTDiscriminator(JUDGE_FILTERS).to(device, memory_format=torch.channels_last)
         judge_parameters = list(judge.parameters())
         judge_optimizer = torch.optim.Adam(judge_parameters, JUDGE_LR, betas=(0.5, 0.9))
         state |= {"judge": judge, "judge_optimizer": judge_optimizer}
@@ -213,8 +214,9 @@ def main():
             # same loudness (quiet ones would be nothing to it), and what it says counts only as far as it
             # does better than guessing: a balancer gives a term its full share however meaningless it is.
             loudness = wave.std(1, keepdim=True) + 1e-3
-            real, real_features = judge(wave / loudness)
-            fake, fake_features = judge(wave_hat / loudness)
+            with D.autocast(device):
+                real, real_features = judge(wave / loudness)
+                fake, fake_features = judge(wave_hat / loudness)
             judge_loss = discriminator_loss(real, fake)
             gradients = torch.autograd.grad(judge_loss, judge_parameters, retain_graph=True)
             for p, g in zip(judge_parameters, gradients):
