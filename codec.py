@@ -105,7 +105,6 @@ class LSTM(nn.LSTM):
     def __init__(self, c: int):
         super().__init__(c, c, num_layers=2, batch_first=True)
 
-    @torch.compiler.disable  # it is one kernel already
     def forward(self, x, state=None):
         y, state = super().forward(x, state)
         return x + y, state

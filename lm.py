@@ -207,7 +207,7 @@ class Replay:
             self.output = function(*self.inputs)
 
     def __call__(self, *inputs):
-        """The result; the next call overwrites it."""
+        """Its results; the next call overwrites them."""
         for mine, x in zip(self.inputs, inputs):
             mine.copy_(x)
         self.graph.replay()
@@ -333,37 +333,38 @@ class AudioLM(nn.Module):
         kept_places = -(-places // 8) * 8  # GPU kernels want masks of such lengths
         shape = (cfg.layers, 2, len(u), cfg.heads, kept_places, cfg.width // cfg.heads)
         cache = torch.zeros(shape, dtype=kept, device=u.device)
-        if u.is_cuda:
-            example = text.new_zeros(len(u), cfg.streams), text.new_zeros(1)
-            replay = Replay(lambda codes, place: self.step(codes, place, keys, cache), *example)
 
-        history = text.new_zeros(B, self.cfg.streams, 0) if prefix is None else prefix
+        def tick(logits, noise, place, cache=cache):
+            """Choose a frame (B, K), and read it: what it says of the next (2 B, K, V)."""
+            code = choose(guide(logits, guidance), noise, temperature, top_k, top_p)
+            return code, self.step(code.repeat(len(u) // B, 1), place, keys, cache)
+
+        if u.is_cuda:
+            noise = torch.zeros(B, cfg.streams, cfg.codes, device=u.device)
+            tick = Replay(tick, noise.to(u.dtype).repeat(len(u) // B, 1, 1), noise, on_device[:1])
+
+        history = text.new_zeros(B, cfg.streams, 0) if prefix is None else prefix
         made = 0
         while made < frames:
-            history = history[:, :, -(self.cfg.frames // 2) :]
+            history = history[:, :, -(cfg.frames // 2) :]
             seen = history.repeat(len(u) // B, 1, 1)  # both halves hear the same sound
             x = torch.cat((u, self.inputs(seen)), 1)
             for layer, k, c in zip(self.blocks, keys, cache):
                 x = layer(x, k, self.turn[:, : x.shape[1]], c)
             logits = self.to_logits(x[:, -1:])[:, :, 0]  # (2 B, K, V)
             given = history.shape[2]
-            room = min(self.cfg.frames - given, frames - made)
+            room = min(cfg.frames - given, frames - made)
             for first in range(0, room, block):
                 n = min(block, room - first)
                 draws = (n, cfg.streams, cfg.codes)
                 noise = torch.stack([torch.rand(draws, generator=g) for g in generators]).to(u.device)
                 chosen = []
                 for i in range(n):
-                    code = choose(guide(logits, guidance), noise[:, i], temperature, top_k, top_p)  # (B, K)
-                    chosen.append(code)
-                    place = u.shape[1] + given + first + i + 1
-                    if place < places:
-                        code, there = code.repeat(len(u) // B, 1), on_device[place : place + 1]
-                        if u.is_cuda:
-                            logits = replay(code, there)
-                        else:  # reads only so much of the cache as is filled
-                            visible = cache[:, :, :, :, : place // 64 * 64 + 64]  # few different shapes
-                            logits = self.step(code, there, keys, visible)
+                    place = min(u.shape[1] + given + first + i + 1, places - 1)  # nobody reads on from the last
+                    # A CPU looks at only so much of the cache as is filled, in few different shapes.
+                    visible = [] if u.is_cuda else [cache[:, :, :, :, : place // 64 * 64 + 64]]
+                    code, logits = tick(logits, noise[:, i], on_device[place : place + 1], *visible)
+                    chosen.append(code.clone())
                 codes = torch.stack(chosen, 2)
                 yield codes
                 made += n

@@ -33,7 +33,7 @@ from codec import (Balancer, Codec, CodecConfig, MelLoss, STFTDiscriminator, dis
 # makes a step several times dearer: a small budget is better spent without (1.0: it never comes).
 RECIPES = {
     "tiny": {"steps": 2000, "batch": 8, "seconds": 1.0, "lr": 4e-3, "judge_from": 1.0},
-    "paper": {"steps": 20000, "batch": 64, "seconds": 1.0, "lr": 2e-3, "judge_from": 0.5},
+    "paper": {"steps": 20000, "batch": 64, "seconds": 1.0, "lr": 2e-3, "judge_from": 0.6},
 }
 WEIGHTS = {"wave": 0.15, "mel": 1.0, "adversarial": 1.0, "feature": 1.0}  # shares: see codec.Balancer
 JUDGE_FILTERS = 32
@@ -125,8 +125,8 @@ def make_optimizers(codec, lr):
 def main():
     args = get_args()
     device, rank, world = D.start_processes(args.device)
-    cuda, first = device.type == "cuda", rank == 0
-    args.size = args.size or ("paper" if cuda else "tiny")
+    first = rank == 0
+    args.size = args.size or ("paper" if device.type == "cuda" else "tiny")
     recipe = RECIPES[args.size]
     steps, batch = args.steps or recipe["steps"], args.batch or recipe["batch"]
     config = CodecConfig(args.streams, args.size)
@@ -172,9 +172,6 @@ def main():
         start, accuracy = saved["step"], saved["accuracy"]
         torch.set_rng_state(saved["rng"])
     log = D.Log(os.path.join(args.out, "codec.csv"), start) if first else None
-    if cuda:
-        for part in (codec.encoder, codec.decoder):
-            part.compile(dynamic=False)
 
     def save(step):
         if first:

@@ -324,7 +324,8 @@ def main():
     steps, batch = args.steps or recipe["steps"], args.batch or recipe["batch"]
     if batch % world:
         raise ValueError(f"--batch {batch}: cannot be shared by {world} processes, type a multiple of that")
-    most = args.micro or recipe["micro"]
+    gib = torch.cuda.get_device_properties(device).total_memory / 2**30 if cuda else 0
+    most = args.micro or recipe["micro"] * max(1, int(gib / 24))
     micro = max(n for n in range(1, most + 1) if batch // world % n == 0)
     accumulate = batch // (world * micro)
 
@@ -448,8 +449,9 @@ def main():
             log.write([row])
             each = " ".join(f"{v:.2f}" for v in stream_losses.tolist())
             minutes = (steps - done) * frames_per_step / speed / 60
+            memory = f" | {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if cuda else ""
             say(f"{done} loss {row['loss']:.3f} | streams {each} | grad {row['grad_norm']:.2f} | {speed:.0f} "
-                f"frames/s, codec {100 * share:.0f} % | MFU {mfu} | {minutes:.0f} min left")
+                f"frames/s, codec {100 * share:.0f} % | MFU {mfu} | {minutes:.0f} min left" + memory)
         evaluating = done % eval_every == 0 or done == steps
         if evaluating or stopping:
             save(done)
