@@ -836,6 +836,14 @@ def test_discriminator_hears_five_scales_and_reads_five_layers_of_each():
     assert frames == [4000 // (n // 4) + 1 for n in (2048, 1024, 512, 256, 128)]
 
 
+def test_a_kernel_over_folded_bins_is_one_twice_as_wide_that_moves_by_two():
+    x, weight = torch.randn(2, 3, 5, 10), torch.randn(4, 3, 3, 8)
+    expected = F.conv2d(x, weight, stride=(1, 2), padding=(2, 4), dilation=(2, 1))
+    folded = torch.cat((weight[..., 0::2], weight[..., 1::2]), 1)  # even bins, then odd ones
+    got = F.conv2d(codec_py.fold(x), folded, padding=(2, 2), dilation=(2, 1))
+    torch.testing.assert_close(got, expected)
+
+
 def test_hinge_and_feature_losses_are_their_formulas():
     torch.manual_seed(0)
     real, fake = ([2 * torch.randn(2, 1, 3, n) for n in (4, 7)] for _ in range(2))
@@ -1682,9 +1690,8 @@ def stop_at(call_number, monkeypatch):
 @pytest.fixture
 def small_recipes(monkeypatch):
     """Short crops, and a discriminator from step 2 on, so that its state has to survive as well."""
-    codec_recipe = train_codec.RECIPES["tiny"] | {"seconds": 0.25, "judge_from": 0.2}
+    codec_recipe = train_codec.RECIPES["tiny"] | {"seconds": 0.25, "judge_from": 0.2, "judge": 2}
     monkeypatch.setitem(train_codec.RECIPES, "tiny", codec_recipe)
-    monkeypatch.setattr(train_codec, "JUDGE_FILTERS", 2)
     monkeypatch.setattr(train_lm, "SECONDS", 1)
     monkeypatch.setattr(train_lm, "listen", quiet)
 
@@ -1825,12 +1832,12 @@ def test_resuming_with_another_discriminator_is_refused(made, run, clips, monkey
 
 def test_two_processes_train_the_codec_of_one(clips, tmp_path):
     """Equal within rounding at an equal batch, through the step at which the discriminator enters."""
-    small = {"seconds": 0.5, "judge_from": 0.5}
+    small = {"seconds": 0.5, "judge_from": 0.5, "judge": 2}
     driver = write_text(
         tmp_path / "driver.py",
         f"import sys\nsys.path.insert(0, {HERE!r})\nimport torch, data, train_codec\n"
         "data.fast_dtype = lambda device: torch.float32\n"
-        f"train_codec.RECIPES['tiny'] |= {small}\ntrain_codec.JUDGE_FILTERS = 2\ntrain_codec.main()\n",
+        f"train_codec.RECIPES['tiny'] |= {small}\ntrain_codec.main()\n",
     )
     args = ["--data", clips, "--size", "tiny", "--steps", 4, "--batch", 4, "--device", "cpu"]
     rows = []

@@ -32,11 +32,10 @@ from codec import (Balancer, Codec, CodecConfig, MelLoss, STFTDiscriminator, dis
 # `judge_from` of a run on, codes stay as they are and the decoder alone goes on, against a discriminator. One
 # makes a step several times dearer: a small budget is better spent without (1.0: it never comes).
 RECIPES = {
-    "tiny": {"steps": 2000, "batch": 8, "seconds": 1.0, "lr": 4e-3, "judge_from": 1.0},
-    "paper": {"steps": 20000, "batch": 64, "seconds": 1.0, "lr": 2e-3, "judge_from": 0.6},
+    "tiny": {"steps": 2000, "batch": 8, "seconds": 1.0, "lr": 4e-3, "judge_from": 1.0, "judge": 16},
+    "paper": {"steps": 20000, "batch": 64, "seconds": 1.0, "lr": 2e-3, "judge_from": 0.6, "judge": 32},
 }
 WEIGHTS = {"wave": 0.15, "mel": 1.0, "adversarial": 1.0, "feature": 1.0}  # shares: see codec.Balancer
-JUDGE_FILTERS = 32
 JUDGE_LR = 3e-4  # constant
 COMMITMENT = 0.25  # stands outside the balancer: it does not pass through the output
 CLIP = 10.0  # on the norm of the gradient, which stays below 6 in a healthy run
@@ -106,7 +105,7 @@ def health(effective, codes, accuracy, grad_norm):
                    "a run it recovers by itself; later lower lr in RECIPES, raise --batch, or add data.")
     if accuracy > 0.95:
         yield (f"the discriminator is right {100 * accuracy:.0f} % of the time: it has won, and its gradient "
-               "says little. Start it later (judge_from in RECIPES) or make it smaller (JUDGE_FILTERS).")
+               "says little. Start it later (judge_from in RECIPES) or make it smaller (judge).")
     if grad_norm > 10 * CLIP:
         yield f"the gradient's norm is {grad_norm:.0f}: training is unstable. Lower lr in RECIPES."
 
@@ -156,11 +155,11 @@ def main():
     optimizers = make_optimizers(codec, recipe["lr"])
     state = {"codec": codec, "average": average, "balancer": balancer} | optimizers
     if recipe["judge_from"] < 1:
-        judge = STFTDiscriminator(JUDGE_FILTERS).to(device, memory_format=torch.channels_last)
+        judge = STFTDiscriminator(recipe["judge"]).to(device, memory_format=torch.channels_last)
         judge_parameters = list(judge.parameters())
         judge_optimizer = torch.optim.Adam(judge_parameters, JUDGE_LR, betas=(0.5, 0.9))
         state |= {"judge": judge, "judge_optimizer": judge_optimizer}
-    start, accuracy, judging = 0, 0.5, [recipe["judge_from"], JUDGE_FILTERS]
+    start, accuracy, judging = 0, 0.5, [recipe["judge_from"], recipe["judge"]]
     if args.resume:
         saved = load_checkpoint(resume_path, "nanoaudiogen codec training")
         if [saved["config"], saved["steps"], saved.get("judging")] != [vars(config), steps, judging]:
