@@ -589,9 +589,9 @@ class AudioData:
         return k, begin, wave, self.words[k][int(rng.integers(len(self.words[k])))]
 
     def batch(self, n: int, length: int, rng, mix_share: float = 0.0, loud: float = 0.0) -> tuple:
-        """(n, length) float32 random crops of training clips, their captions, and the sample each begins at.
-        A share is mixed in pairs (section 4). Crops reach `loud` times the peak of their clip."""
-        waves, captions, begins = [], [], []
+        """(n, length) float32 random crops of training clips, their captions, and of each the clip and the
+        sample it begins at. A share is mixed in pairs (section 4). Crops reach `loud` times their clip's peak."""
+        waves, captions, places = [], [], []
         for _ in range(n):
             k, begin, wave, words = self.draw(rng, length, loud)
             if rng.random() < mix_share:
@@ -601,8 +601,8 @@ class AudioData:
                     wave, words = mix(wave, second, rng.uniform(-5, 5), offset), f"{words} and {more}"
             waves.append(wave)
             captions.append(words)
-            begins.append(begin)
-        return torch.stack(waves), captions, begins
+            places.append((k, begin))
+        return torch.stack(waves), captions, places
 
     def clips(self, split: str, length: int, limit: int | None = None) -> tuple[torch.Tensor, list, list]:
         """Always the same clips, from their beginning: (n, length) float32, first captions, names. With a

@@ -244,7 +244,7 @@ class CachedCodes:
     has to wait for the codec. The file's name holds the hashes of codec and data."""
 
     def __init__(self, codec, data, folder, say):
-        self.data, self.hop = data, codec.cfg.hop
+        self.hop = codec.cfg.hop
         path = os.path.join(folder, f"codes-{codec.hash()}-{data.key}.pt")
         if os.path.exists(path):
             self.codes = load_checkpoint(path, "nanoaudiogen codes")["codes"]
@@ -257,16 +257,13 @@ class CachedCodes:
         D.save_atomic({"kind": "nanoaudiogen codes", "codes": self.codes}, path)
         say(f"codes of {len(self.codes)} clips are kept in {path}")
 
-    def batch(self, n, length, rng, loud):
-        """What `AudioData.batch` gives without mixing, as codes (n, K, F); short clips come first in them."""
-        codes, captions, begins, frames = [], [], [], -(-length // self.hop)
-        for _ in range(n):
-            k, begin, _, words = self.data.draw(rng, length, loud)
+    def crops(self, places, length):
+        """Codes (n, K, F) of what `AudioData.batch` took from these places; short clips come first in them."""
+        crops, frames = [], -(-length // self.hop)
+        for k, begin in places:
             first = min(max(0, begin) // self.hop, self.codes[k].shape[1] - frames)
-            codes.append(self.codes[k][:, first : first + frames])
-            captions.append(words)
-            begins.append(first * self.hop)
-        return torch.stack(codes).long(), captions, begins
+            crops.append(self.codes[k][:, first : first + frames])
+        return torch.stack(crops).long()
 
 
 def lr_factor(step, steps):
@@ -409,16 +406,15 @@ def main():
         for i in range(accumulate):
             rng = np.random.default_rng((args.seed, step, rank, i))
             began = D.now(device) if logging else 0.0  # it waits for the GPU: not at every step
+            wave, captions, places = data.batch(micro * parts, length // parts, rng, args.mix, LOUD)
             if cached:
-                codes, captions, begins = cached.batch(micro * parts, length // parts, rng, LOUD)
-                codes = codes.to(device)  # (B, K, F)
+                codes = cached.crops(places, length // parts).to(device)  # (B, K, F)
             else:
-                wave, captions, begins = data.batch(micro * parts, length // parts, rng, args.mix, LOUD)
                 codes = codec.encode(wave.to(device))  # (B, K, F)
             captions = ["" if rng.random() < CAPTION_DROPOUT else c for c in captions]
             text = tokenizer.batch(captions, config.window).to(device)
             heard = torch.from_numpy(rng.random(len(codes)) >= DEAF).to(device)
-            begin = torch.tensor(begins) // codec.cfg.hop
+            begin = torch.tensor([begin for _, begin in places]) // codec.cfg.hop
             begin = begin.clamp(0, config.frames - codes.shape[2]).to(device)  # later than that is its end
             encoding += D.now(device) - began if logging else 0.0
             last = i == accumulate - 1
