@@ -590,7 +590,7 @@ class AudioData:
 
     def batch(self, n: int, length: int, rng, mix_share: float = 0.0, loud: float = 0.0) -> tuple:
         """(n, length) float32 random crops of training clips, their captions, and of each the clip and the
-        sample it begins at. A share is mixed in pairs (section 4). Crops reach `loud` times their clip's peak."""
+        sample it begins at. A share is mixed in pairs (section 4). Crops reach `loud` times its peak."""
         waves, captions, places = [], [], []
         for _ in range(n):
             k, begin, wave, words = self.draw(rng, length, loud)

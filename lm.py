@@ -61,9 +61,9 @@ def turns(places: int, size: int):
 
 
 def rotate(x, turn):
-    """Queries or keys (.., B, H, T, d / H), each pair turned by an angle that grows with its place (RoPE, arXiv
-    2104.09864): a product of the two then knows how far apart they are, which a table of learnt positions
-    has to find out for every pair of places. (2, T, d / H) are the `turns` of these places;
+    """Queries and keys (2, B, H, T, d / H), each pair turned by an angle that grows with its place (RoPE,
+    arXiv 2104.09864): a product of the two then knows how far apart they are, which a table of learnt
+    positions has to find out for every pair of places. (2, T, d / H) are the `turns` of these places;
     with a place of its own for each clip they are (2, B, 1, T, d / H)."""
     cos, sin = turn.to(x.dtype)
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin  # the pairs are the two halves of a head
@@ -81,7 +81,8 @@ class SelfAttention(nn.Module):
         kept; `step` is then None for the first T places at once, or for a single one its place (1,), and
         `mask` says what it may see."""
         B, T, d = x.shape
-        q, k, v = qkv = self.c_attn(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, d / H)
+        qkv = self.c_attn(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv  # (B, H, T, d / H) each
         if turn is not None:
             q, k = rotate(qkv[:2], turn)
         if step is None:
@@ -360,7 +361,7 @@ class AudioLM(nn.Module):
                 noise = torch.stack([torch.rand(draws, generator=g) for g in generators]).to(u.device)
                 chosen = []
                 for i in range(n):
-                    place = min(u.shape[1] + given + first + i + 1, places - 1)  # nobody reads on from the last
+                    place = min(u.shape[1] + given + first + i + 1, places - 1)  # beyond it nothing is read
                     # A CPU looks at only so much of the cache as is filled, in few different shapes.
                     visible = [] if u.is_cuda else [cache[:, :, :, :, : place // 64 * 64 + 64]]
                     code, logits = tick(logits, noise[:, i], on_device[place : place + 1], *visible)
