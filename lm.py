@@ -309,7 +309,7 @@ class AudioLM(nn.Module):
         return torch.cat(list(self.generate_stream(text, frames, **options)), 2)
 
     @torch.no_grad()
-    def generate_stream(self, text, frames: int, seeds=None, guidance: float = 2.0, temperature: float = 1.0,
+    def generate_stream(self, text, frames: int, seeds=None, guidance: float = 3.0, temperature: float = 1.0,
                         top_k: int = 0, top_p: float = 0.0, negative=None, prefix=None, block: int = 25):
         """Text ids (B, N) to an iterator of code blocks (B, K, up to `block`), `frames` in all.
 

@@ -36,7 +36,7 @@ def get_args():
     add("--seconds", type=float, default=5.0)
     add("--num_samples", type=D.positive, default=1, help="sounds per prompt, each with the next seed")
     add("--seed", type=int, default=0)
-    add("--guidance", type=float, default=2.0, help="how strongly words weigh: 1 as learnt")
+    add("--guidance", type=float, default=3.0, help="how strongly words weigh: 1 as learnt")
     add("--temperature", type=float, default=1.0, help="below 1 safer, above 1 wilder, 0 likeliest")
     add("--top_k", type=int, default=0, help="choose among the k likeliest codes; 0 among all")
     add("--top_p", type=float, default=0.0, help="choose among codes that make up p; 0 among all")

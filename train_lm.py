@@ -63,7 +63,7 @@ def get_args():
     add("--batch", type=D.positive, help="clips per step, over all processes (default: by size)")
     add("--micro", type=D.positive, help="clips per forward pass and process; lower it when memory runs out")
     add("--mix", type=float, default=0.25, help="share of examples that mix two clips; 0 is faster")
-    add("--guidance", type=float, default=2.0, help="of the sounds made for evaluation")
+    add("--guidance", type=float, default=3.0, help="of the sounds made for evaluation")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--seed", type=int, default=0)
     add("--resume", action="store_true", help="go on from lm_train.pt in --out")
