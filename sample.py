@@ -194,7 +194,7 @@ def main():
     else:
         codes = torch.cat(list(blocks), 2)
         made = D.now(device) - began
-        waves = list(codec.decode(codes))
+        waves = [wave / wave.abs().max().clamp(min=1) for wave in codec.decode(codes)]  # no clipping
     spent = D.now(device) - began
 
     clips = []
