@@ -149,7 +149,8 @@ def main():
     # Models: the codec, its running average (the one that is kept), and the adversary.
     torch.manual_seed(args.seed)
     codec = Codec(config).train()
-    average = copy.deepcopy(codec).eval().requires_grad_(False).to(device)  # before: LSTMs copy badly on GPUs
+    # Copied on the CPU: on a GPU the copy's LSTM would find its weights scattered, and gather them each time.
+    average = copy.deepcopy(codec).eval().requires_grad_(False).to(device)
     codec = codec.to(device)
     balancer = Balancer(WEIGHTS).to(device)
     parameters = list(codec.parameters())
