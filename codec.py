@@ -482,8 +482,10 @@ class ScaleDiscriminator(nn.Module):
         spectrum = torch.stft(wave, n, n // 4, window=self.window, pad_mode="constant", return_complex=True)
         x = torch.view_as_real(spectrum / self.window.norm()).permute(0, 3, 2, 1)  # (B, 2, frames, bins)
         features = []
-        for i, layer in enumerate(self.convs):
-            x = F.leaky_relu(layer(fold(x) if 0 < i < 4 else x), 0.2)
+        for layer in self.convs:
+            if layer.in_channels > x.shape[1]:
+                x = fold(x)
+            x = F.leaky_relu(layer(x), 0.2)
             features.append(x)
         return self.logit(x).float(), features
 

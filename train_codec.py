@@ -30,7 +30,7 @@ from codec import (Balancer, Codec, CodecConfig, MelLoss, STFTDiscriminator, dis
 
 # `tiny` was settled by short runs (see README); of `paper` there has been one of 2600 steps. From the share
 # `judge_from` of a run on, codes stay as they are and the decoder alone goes on, against a discriminator with
-# `judge` channels. It makes a step dearer by half or more, and has to be there for long: a small budget is
+# `judge` channels. It makes a step dearer by a third or more, and has to be there for long: a small budget is
 # better spent without (1.0: it never comes).
 RECIPES = {
     "tiny": {"steps": 2000, "batch": 8, "seconds": 1.0, "lr": 4e-3, "judge_from": 1.0, "judge": 16},

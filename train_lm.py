@@ -30,7 +30,7 @@ from codec import Codec, MelLoss, load_checkpoint
 from lm import AudioLM, LMConfig
 
 # `tiny` comes from a few short runs (see README); `base` and `large` follow the paper, but for the steps of
-# `base`, which are meant for hours of sound, not for thousands of hours: 80 minutes of an H200.
+# `base`, which are meant for hours of sound, not for thousands of hours: about 80 minutes of an H200.
 # `micro` clips go through a model of that size at once for every 24 GiB of a GPU.
 RECIPES = {
     "tiny": {"steps": 1500, "batch": 4, "micro": 4, "lr": 4e-3, "vocab": 512},
