@@ -3,7 +3,7 @@
     text ids --TextEncoder--> u ;   Z = [u, v]   --causal transformer with cross-attention to u--> codes
 
 AudioGen (arXiv 2209.15352), section 3.2 and 3.3; guidance from section 3.2, eq. of the sampling distribution.
-Trained by `train_lm.py`; this file and codec.py need PyTorch alone and can be copied into another project.
+Trained by `train_lm.py`; this file needs PyTorch alone and can be copied into another project.
 
 - The K codes of a frame are embedded by K tables, whose mean is one vector; K heads predict the codes of the
   next frame independently of each other.
@@ -22,8 +22,6 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from codec import load_checkpoint
 
 SIZES = {  # decoder layers, heads, width, text encoder layers; parameters at K = 4, vocabulary 8000
     "tiny": (4, 4, 256, 2),  # 9 M (7 M with a small vocabulary), for a CPU
@@ -424,6 +422,22 @@ class AudioLM(nn.Module):
             raise ValueError(f"{path} learnt the codes of codec {lm.codec_hash}, not of {codec_hash}: name "
                              "the codec it was trained with by --codec, or train it again")
         return lm.to(device).eval()
+
+
+def load_checkpoint(path, kind: str) -> dict:
+    """A checkpoint of this kind, loaded without running code from the file; ValueError for anything else.
+    (The same as in codec.py: each of the two files can be copied alone.)"""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such checkpoint: train one first, or name another") from None
+    except Exception as e:  # noqa: BLE001 (torch.load raises a dozen types for broken files)
+        reason = (str(e).splitlines() or [type(e).__name__])[0][:80]
+        raise ValueError(f"{path}: truncated, or not a checkpoint ({reason}): name another file") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
+        found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
+        raise ValueError(f"{path}: expected a {kind}, found {found or 'another project'}: name another file")
+    return checkpoint
 
 
 def guide(logits, guidance: float):

@@ -1357,6 +1357,12 @@ def test_a_gpu_computes_what_the_cpu_computes(codecs, codes):
     assert same(lm.generate(TEXT.cuda(), 24, temperature=0).cpu(), made) > 0.9
 
 
+@pytest.mark.parametrize("name", ["codec", "lm", "data"])
+def test_a_file_can_be_copied_alone_into_another_project(name, tmp_path):
+    shutil.copy(os.path.join(HERE, f"{name}.py"), tmp_path)
+    subprocess.run([sys.executable, "-c", f"import {name}"], cwd=tmp_path, check=True)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # The scripts: functions
 
