@@ -246,7 +246,7 @@ class AudioLM(nn.Module):
         """Let tables and heads begin as the codec's vectors (K, V, D), turned at random into d dimensions.
 
         The mean of a frame's K embeddings is then its quantised latent, and codes that sound alike are alike
-        from the first step on. In a run of 450 steps that is worth a third of the steps (see README)."""
+        from the first step on. In a run of 450 steps that is worth a third of the steps."""
         books = books - books.mean(1, keepdim=True)
         turn = torch.randn(books.shape[2], self.cfg.width, device=books.device) / math.sqrt(books.shape[2])
         tables = books / books.square().mean().sqrt() @ turn  # louder books stay louder

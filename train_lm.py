@@ -29,7 +29,7 @@ import data as D
 from codec import Codec, MelLoss, load_checkpoint
 from lm import AudioLM, LMConfig
 
-# `tiny` comes from a few short runs (see README); `base` and `large` follow the paper, but for the steps of
+# `tiny` comes from short runs (assets/measured.md); `base` and `large` follow the paper, but for the steps of
 # `base`, which are meant for hours of sound, not for thousands of hours: about 80 minutes of an H200.
 # `micro` clips go through a model of that size at once for every 24 GiB of a GPU.
 RECIPES = {
