@@ -426,7 +426,7 @@ class AudioLM(nn.Module):
 
 def load_checkpoint(path, kind: str) -> dict:
     """A checkpoint of this kind, loaded without running code from the file; ValueError for anything else.
-    (The same as in codec.py: each of the two files can be copied alone.)"""
+    (codec.py and lm.py have the same one, for each can be copied alone.)"""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

@@ -8,6 +8,7 @@ import copy
 import csv
 import gc
 import gzip
+import inspect
 import json
 import math
 import os
@@ -1361,6 +1362,10 @@ def test_a_gpu_computes_what_the_cpu_computes(codecs, codes):
 def test_a_file_can_be_copied_alone_into_another_project(name, tmp_path):
     shutil.copy(os.path.join(HERE, f"{name}.py"), tmp_path)
     subprocess.run([sys.executable, "-c", f"import {name}"], cwd=tmp_path, check=True)
+
+
+def test_the_loader_that_two_files_have_stays_the_same_in_both():
+    assert inspect.getsource(codec_py.load_checkpoint) == inspect.getsource(lm_py.load_checkpoint)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -29,8 +29,9 @@ from codec import (Balancer, Codec, CodecConfig, MelLoss, STFTDiscriminator, dis
                    log_spectrum_distance, perplexity, si_snr)
 
 # Settled by runs of minutes (assets/measured.md). From the share `judge_from` of a run on, codes stay as they
-# are and the decoder alone goes on, against a discriminator with `judge` channels. It makes a step dearer by a
-# third or more, and has to be there for long: a small budget is better spent without (1.0: it never comes).
+# are and the decoder alone goes on, against a discriminator with `judge` channels. A step then takes 1.3 to
+# 2.8 times as long, and it has to be there for long: a small budget is better spent without (1.0: it never
+# comes).
 RECIPES = {
     "tiny": {"steps": 2000, "batch": 8, "seconds": 1.0, "lr": 4e-3, "judge_from": 1.0, "judge": 16},
     "paper": {"steps": 10000, "batch": 64, "seconds": 1.0, "lr": 2e-3, "judge_from": 0.6, "judge": 32},
