@@ -172,16 +172,10 @@ class VectorQuantizer(nn.Module):
     def __init__(self, codes: int, dim: int, decay: float = 0.99, revive: float = 0.1):
         super().__init__()
         self.decay, self.revive = decay, revive
-        self.embed: torch.Tensor
-        self.total: torch.Tensor
-        self.count: torch.Tensor
-        self.steps: torch.Tensor
-        self.started: torch.Tensor
-        self.register_buffer("embed", torch.randn(codes, dim))  # (V, D)
-        self.register_buffer("total", self.embed.clone())  # (V, D)
-        self.register_buffer("count", torch.ones(codes))  # (V,)
-        self.register_buffer("steps", torch.tensor(0.0))
-        self.register_buffer("started", torch.tensor(False))
+        self.embed = nn.Buffer(torch.randn(codes, dim))  # (V, D)
+        self.total = nn.Buffer(self.embed.clone())  # (V, D)
+        self.count = nn.Buffer(torch.ones(codes))  # (V,)
+        self.steps, self.started = nn.Buffer(torch.tensor(0.0)), nn.Buffer(torch.tensor(False))
         self.is_started = False  # `started` as Python knows it: no wait for the GPU at every step
 
     def nearest(self, x):
@@ -242,6 +236,8 @@ class VectorQuantizer(nn.Module):
     def forward(self, x, learn: bool = True):
         """(N, D) to quantized (N, D) and index (N,); in training mode the book may then learn from x."""
         learn = learn and self.training
+        if learn:  # one bad step must not poison the book for ever
+            x = torch.nan_to_num(x, 0, 0, 0)
         if learn and not self.is_started:
             if not self.started:
                 self.start(x)
@@ -249,7 +245,7 @@ class VectorQuantizer(nn.Module):
         index = self.nearest(x)
         quantized = self.embed[index]
         if learn:
-            self.update(torch.nan_to_num(x, 0, 0, 0), index)  # one bad step must not poison the book for ever
+            self.update(x, index)
         return quantized, index
 
 
@@ -332,15 +328,13 @@ class Codec(nn.Module):
         the LSTM only looks back and keeps its state. Nothing is ever decoded twice but the margins."""
         margin, hop = 3, self.cfg.hop  # of `Decoder.inp` (7 // 2); of `Decoder.up` it is under 2 frames
         z, x, state = None, None, None  # latents and LSTM outputs from which the next frames will be made
-        z_past, x_past = 0, 0  # how many frames of each are context only
+        x_past = 0  # how many of the latter are context only
         for chunk in itertools.chain(chunks, [None]):  # None: that was the last
-            new = z[:, :0] if chunk is None else self.quantizer.decode(chunk)
-            z = new if z is None else torch.cat((z, new), 1)
-            ready = z.shape[1] - (0 if chunk is None else margin)
-            if ready > z_past:
-                y, state = self.decoder.lstm(self.decoder.inp(z)[:, z_past:ready], state)
-                x = y if x is None else torch.cat((x, y), 1)
-                z, z_past = z[:, max(ready - margin, 0) :], min(ready, margin)
+            new = 0 * z[:, :margin] if chunk is None else self.quantizer.decode(chunk)
+            z = F.pad(new, (0, 0, margin, 0)) if z is None else torch.cat((z, new), 1)  # as `inp` pads
+            if z.shape[1] > 2 * margin:
+                y, state = self.decoder.lstm(self.decoder.inp(z)[:, margin:-margin], state)
+                x, z = y if x is None else torch.cat((x, y), 1), z[:, -2 * margin :]
             if x is None:
                 continue
             ready = x.shape[1] - (0 if chunk is None else margin)
@@ -394,15 +388,15 @@ def load_checkpoint(path, kind: str) -> dict:
 # Losses of the reconstruction
 
 
-def mel_filters(n_fft: int, n_mels: int, rate: int = SAMPLE_RATE):
-    """Triangular filters, centres evenly spaced on the mel scale 2595 log10(1 + f / 700) from 0 to rate / 2.
+def mel_filters(n_fft: int, n_mels: int):
+    """Triangular filters, centres evenly spaced on the mel scale 2595 log10(1 + f / 700) from 0 to 8 kHz.
 
     Returns (n_fft // 2 + 1, M). The outermost centres lie on the edges, so that the weights of every bin sum
-    to 1: the usual bank is deaf to 0 Hz and to rate / 2, where strided decoders leave tones. Where a window
+    to 1: the usual bank is deaf to 0 Hz and to 8 kHz, where strided decoders leave tones. Where a window
     has too few bins for 64 bands, some triangles would fall between two bins and stay silent for ever; M is
     then the largest number of bands that each hear something."""
-    bins = torch.linspace(0, rate / 2, n_fft // 2 + 1, dtype=torch.float64)
-    top = 2595 * math.log10(1 + rate / 2 / 700)
+    bins = torch.linspace(0, SAMPLE_RATE / 2, n_fft // 2 + 1, dtype=torch.float64)
+    top = 2595 * math.log10(1 + SAMPLE_RATE / 2 / 700)
     while True:
         mels = top * torch.arange(-1, n_mels + 1, dtype=torch.float64) / (n_mels - 1)
         edges = 700 * (10 ** (mels / 2595) - 1)
@@ -427,9 +421,9 @@ class MelLoss(nn.Module):
     of a log is one over its argument: with a floor of 1e-5 the loudest bands hear next to nothing of the loss
     and come out 10 dB too quiet. At 1e-3 all three held-out measures are better."""
 
-    def __init__(self, exponents=range(5, 12), n_mels: int = 0, alpha: float = 1.0, floor: float = 1e-3):
+    def __init__(self, exponents=range(5, 12), n_mels: int = 0, floor: float = 1e-3):
         super().__init__()
-        self.windows, self.alpha, self.floor = [2**i for i in exponents], alpha, floor
+        self.windows, self.floor = [2**i for i in exponents], floor
         for n in self.windows:
             self.register_buffer(f"window{n}", torch.hann_window(n), persistent=False)
             self.register_buffer(f"filters{n}", mel_filters(n, n_mels or max(64, n // 4)), persistent=False)
@@ -449,7 +443,7 @@ class MelLoss(nn.Module):
                 x = self.mel(target, n)
             y = self.mel(estimate, n)
             per_frame = ((y + self.floor).log() - (x + self.floor).log()).square().mean(-1)  # (B, frames)
-            loss = loss + (y - x).abs().mean() + self.alpha * (per_frame + 1e-12).sqrt().mean()
+            loss = loss + (y - x).abs().mean() + (per_frame + 1e-12).sqrt().mean()
         return loss / len(self.windows)
 
 
@@ -523,7 +517,7 @@ def feature_loss(real, fake):
 class Balancer(nn.Module):
     """Makes a loss's weight its share of the gradient, whatever its scale (EnCodec section 3.4).
 
-        g = sum_i  R * w_i / (sum_j w_j) * g_i / max(||g_i||, <||g_i||>)      for every clip
+        g = sum_i  w_i / (sum_j w_j) * g_i / max(||g_i||, <||g_i||>)      for every clip
 
     g_i is the gradient of loss i at a clip's output, ||.|| its norm (times B: the clip's own, not its part in
     the batch's mean), <.> the mean over clips and a moving average over steps, corrected for its start. The
@@ -531,13 +525,10 @@ class Balancer(nn.Module):
     the few nearly silent clips of a batch would else own its gradient. The averages are buffers: they belong
     in the checkpoint."""
 
-    def __init__(self, names, decay: float = 0.999, total: float = 1.0):
+    def __init__(self, names, decay: float = 0.999):
         super().__init__()
-        self.names, self.decay, self.total = list(names), decay, total
-        self.norm: torch.Tensor
-        self.steps: torch.Tensor
-        self.register_buffer("norm", torch.zeros(len(self.names)))
-        self.register_buffer("steps", torch.zeros(len(self.names)))
+        self.names, self.decay = list(names), decay
+        self.norm, self.steps = (nn.Buffer(torch.zeros(len(self.names))) for _ in range(2))
 
     def forward(self, losses: dict, weights: dict, output):
         """Losses and their weights by name, output (B, T) -> gradient (B, T) to send back from there."""
@@ -556,7 +547,7 @@ class Balancer(nn.Module):
                 self.steps[i] += 1
             average = self.norm[i] / (1 - self.decay ** self.steps[i])
             share = weights[name] / sum(weights[n] for n in active)
-            gradient += self.total * share * g / torch.maximum(norms, average + 1e-12)
+            gradient += share * g / torch.maximum(norms, average + 1e-12)
         return gradient
 
 

@@ -116,6 +116,16 @@ def load_audio(path: str) -> torch.Tensor:
     """The sound in `path`, whatever its rate and channels: (T,) float32, 16 kHz. Errors: `read_blocks`."""
     return torch.cat(list(read_blocks(path)))
 
+def wav_bytes(wave: torch.Tensor) -> bytes:
+    """A WAV file of 16 bits that holds wave (T,). What is louder than full scale is turned down, not clipped."""
+    samples, buffer = (wave.float() / wave.abs().max().clamp(min=1)).cpu().numpy(), io.BytesIO()
+    soundfile.write(buffer, samples, SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    return buffer.getvalue()
+
+def save_wav(wave: torch.Tensor, path: str):
+    with open(path, "wb") as file:  # says what is wrong with a disk, which libsndfile does not
+        file.write(wav_bytes(wave))
+
 # ----------------------------------------------------------------------------------------------------------
 # Captions. Data sets agree on nothing: we look for a column that can name a file and for columns of words.
 AUDIO = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64"}
@@ -213,7 +223,7 @@ def read_entries(source: str, log: Callable = print) -> list[Entry]:
         raise FileNotFoundError(f"{source}: does not exist; --data takes 'world', a folder or a table")
     tables = [os.path.join(source, f"metadata.{kind}") for kind in ("csv", "jsonl", "tsv")]
     table = source if os.path.isfile(source) else next(filter(os.path.isfile, tables), None)
-    rows = list(read_rows(table) if table else folder_rows(source))
+    rows = list(read_rows(table) if table else folder_rows(os.path.abspath(source)))
     root = os.path.dirname(os.path.abspath(table or source))
     index = functools.cache(audio_below)  # walks a folder once, if need be
     entries: dict[str, Entry] = {}
@@ -223,7 +233,8 @@ def read_entries(source: str, log: Callable = print) -> list[Entry]:
         names = [name for cell in cells if cell for name in (cell, "Y" + cell)]  # as AudioCaps does it
         path, captions = find(names, root, index) if names else "", row_captions(row)
         if not captions and os.path.isfile(beside := stem(path) + ".json"):  # AudioCraft
-            captions = [text for words in read_rows(beside) for text in row_captions(words)]
+            with contextlib.suppress(ValueError):  # counted with the rows that have no caption
+                captions = [text for words in read_rows(beside) for text in row_captions(words)]
         if names and captions:
             split = str(row.get("split") or row.get("fold") or "").strip()
             entry = entries.setdefault(path, Entry(path, [], split))  # several rows may caption one file
@@ -235,8 +246,8 @@ def read_entries(source: str, log: Callable = print) -> list[Entry]:
                          "(path, ...) and words (caption, category, ...), or clip.wav beside clip.txt")
     if used < len(rows):
         log(f"{source}: skipped {len(rows) - used} of {len(rows)}: no file, or no caption in UTF-8")
-    folds = {int(entry.split) for entry in entries.values() if entry.split.isdecimal()}
-    last = str(max(folds)) if len(folds) > 1 else None  # as with ESC-50, the last fold validates
+    folds = {entry.split for entry in entries.values() if entry.split.isdecimal()}
+    last = max(folds, key=int) if len(folds) > 1 else None  # as with ESC-50, the last fold validates
     for entry in entries.values():
         entry.split = "val" if entry.split == last else split_named(entry.split)
     return list(entries.values())
@@ -757,10 +768,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):  # in one line, like all others
         raise ValueError(f"{message}; type python {self.prog} --help for all flags")
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+def whole(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or not least <= int(text) < 2**62:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least} and below 2^62")
     return int(text)
+
+def positive(text: str) -> int:
+    return whole(text, 1)
 
 class Stopper:
     """Turns Ctrl-C and SIGTERM into a flag: the loop ends its step, saves, says where. A second one kills."""

@@ -227,12 +227,8 @@ class AudioLM(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
         self.ln_f = nn.LayerNorm(cfg.width)
         self.heads = nn.Linear(cfg.width, cfg.streams * cfg.codes, bias=False)  # K heads in one product
-        self.first: torch.Tensor
-        self.turn: torch.Tensor
-        first = torch.arange(cfg.streams) * cfg.codes  # row of each table
-        self.register_buffer("first", first, persistent=False)
-        turn = turns(cfg.window + cfg.frames, cfg.width // cfg.heads)
-        self.register_buffer("turn", turn, persistent=False)
+        self.first = nn.Buffer(torch.arange(cfg.streams) * cfg.codes, persistent=False)  # row of each table
+        self.turn = nn.Buffer(turns(cfg.window + cfg.frames, cfg.width // cfg.heads), persistent=False)
         # GPT-2: normal(.02), and what is added to the residual stream is scaled by the number of additions.
         for name, p in self.named_parameters():
             if p.dim() >= 2:

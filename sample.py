@@ -12,15 +12,14 @@ Writes to --out one WAV per sound and index.html, a page with players and spectr
 
 import base64
 import html
-import io
 import os
 import struct
 import sys
+import tempfile
 import timeit
 import zlib
 
 import numpy as np
-import soundfile
 import torch
 
 import data as D
@@ -35,7 +34,7 @@ def get_args():
     add("--prompts", help="text file with a prompt per line")
     add("--seconds", type=float, default=5.0)
     add("--num_samples", type=D.positive, default=1, help="sounds per prompt, each with the next seed")
-    add("--seed", type=int, default=0)
+    add("--seed", type=D.whole, default=0)
     add("--guidance", type=float, default=3.0, help="how strongly words weigh: 1 as learnt")
     add("--temperature", type=float, default=1.0, help="below 1 safer, above 1 wilder, 0 likeliest")
     add("--top_k", type=int, default=0, help="choose among the k likeliest codes; 0 among all")
@@ -58,7 +57,7 @@ def get_args():
         raise ValueError('nothing to make: type --prompt "a dog barks in the rain"')
     if any(not p.strip() for p in args.prompt):
         raise ValueError('a prompt is empty: type --prompt "a dog barks in the rain"')
-    limits = {"seconds": (0.01, 600), "num_samples": (1, 1000)}
+    limits = {"seconds": (0.01, 600), "num_samples": (1, 1000), "guidance": (-100, 100)}
     limits |= {"temperature": (0, 10), "top_p": (0, 1), "top_k": (0, 2048)}
     for name, (low, high) in limits.items():
         if not low <= getattr(args, name) <= high:
@@ -127,22 +126,12 @@ def page(title, clips) -> str:
     ]
     for caption, settings, wave in clips:
         picture = base64.b64encode(png(spectrogram(wave))).decode()
-        sound = base64.b64encode(wav_bytes(wave)).decode()
+        sound = base64.b64encode(D.wav_bytes(wave)).decode()
         parts += [f"<figure><h2>{html.escape(caption)}</h2>",
                   f"<img alt='spectrogram' src='data:image/png;base64,{picture}'>",
                   f"<audio controls src='data:audio/wav;base64,{sound}'></audio>",
                   f"<small>{html.escape(settings)}</small></figure>"]
     return "\n".join(parts)
-
-
-def wav_bytes(wave) -> bytes:
-    buffer = io.BytesIO()
-    soundfile.write(buffer, to_numpy(wave), D.SAMPLE_RATE, format="WAV", subtype="PCM_16")
-    return buffer.getvalue()
-
-
-def to_numpy(wave):
-    return wave.float().clamp(-1, 1).cpu().numpy()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -165,6 +154,7 @@ def main():
     lm.pack()
     say(f"{lm_path} and {codec_path} on {device}, {str(next(lm.parameters()).dtype)[6:]}")
     os.makedirs(args.out, exist_ok=True)
+    tempfile.TemporaryFile(dir=args.out).close()  # where it cannot write, say so before the work
 
     prompts = [p for p in args.prompt for _ in range(args.num_samples)]
     seeds = [args.seed + i for _ in args.prompt for i in range(args.num_samples)]
@@ -174,7 +164,8 @@ def main():
     if args.negative:
         options["negative"] = tokenizer.batch([args.negative] * len(prompts), lm.cfg.window).to(device)
     if args.continue_from:
-        start = codec.encode(D.load_audio(args.continue_from)[None].to(device))
+        heard = D.load_audio(args.continue_from)[-lm.cfg.frames * codec.cfg.hop :]  # more is never looked at
+        start = codec.encode(heard[None].to(device))
         options["prefix"] = start.expand(len(prompts), -1, -1)
 
     began, first_sound = D.now(device), None
@@ -187,22 +178,21 @@ def main():
                      + b"data\xff\xff\xff\xff")
         for wave in codec.decode_stream(blocks):
             first_sound = first_sound or D.now(device) - began
-            target.write((to_numpy(wave[0]) * 32767).astype("<i2").tobytes())
+            target.write((wave[0].clamp(-1, 1) * 32767).short().cpu().numpy().astype("<i2").tobytes())
             target.flush()
             waves[0].append(wave[0])
         waves = [torch.cat(waves[0])]
     else:
         codes = torch.cat(list(blocks), 2)
         made = D.now(device) - began
-        waves = [wave / wave.abs().max().clamp(min=1) for wave in codec.decode(codes)]  # no clipping
+        waves = codec.decode(codes)
     spent = D.now(device) - began
 
     clips = []
     for i, (prompt, seed, wave) in enumerate(zip(prompts, seeds, waves)):
         name = "".join(c if c.isalnum() else "_" for c in prompt)[:60] or "continued"
         path = os.path.join(args.out, f"{i:03d}_{name}_{seed}.wav")
-        with open(path, "wb") as f:
-            f.write(wav_bytes(wave))
+        D.save_wav(wave, path)
         settings = ", ".join(f"{k} {v}" for k, v in options.items() if not torch.is_tensor(v))
         clips.append((prompt, f"seed {seed}, {settings}", wave))
         say(f"\n{prompt} (seed {seed})\n{in_characters(wave)}\n{path}")

@@ -253,8 +253,25 @@ def test_captions_are_found_in_a_gzipped_manifest(tmp_path):
     assert D.read_captions(str(tmp_path / "data.jsonl.gz")) == [(str(tmp_path / "a.wav"), ["rain"])]
 
 
+def test_a_damaged_file_of_captions_costs_its_clip_only(tmp_path):
+    rows = [{"path": write_wav(tmp_path / name)} for name in ("a.wav", "b.wav")]
+    write_text(tmp_path / "data.jsonl", "\n".join(map(json.dumps, rows)))
+    write_text(tmp_path / "a.json", '{"descri')
+    write_text(tmp_path / "b.json", '{"description": "rain"}')
+    assert D.read_captions(str(tmp_path / "data.jsonl")) == [(str(tmp_path / "b.wav"), ["rain"])]
+
+
+def test_a_folder_is_not_mistaken_for_one_of_its_name_in_its_parent(tmp_path, monkeypatch):
+    for folder, caption in (("data/mine", "rain"), ("data/data/mine", "wind")):
+        write_wav(tmp_path / folder / "a.wav")
+        write_text(tmp_path / folder / "a.txt", caption)
+    monkeypatch.chdir(tmp_path)
+    assert D.read_captions("data/mine") == [(str(tmp_path / "data/mine/a.wav"), ["rain"])]
+
+
 @pytest.mark.parametrize("column, values, expected", [
     ("fold", "1 2 3 5 5", ["train"] * 3 + ["val"] * 2),  # as with ESC-50, the last one validates
+    ("fold", "08 09 10 10 09", ["train", "train", "val", "val", "train"]),
     ("split", "train dev test valid train", ["train", "train", "val", "val", "train"]),
 ])
 def test_a_split_in_the_table_is_honoured(column, values, expected, tmp_path):
@@ -720,8 +737,9 @@ def test_every_stage_has_a_commitment_gradient():
     assert not torch.allclose(z.grad, expected[0])
 
 
-def test_not_a_number_in_a_batch_does_not_poison_the_book():
-    book = started_book()
+@pytest.mark.parametrize("young", [False, True])
+def test_not_a_number_in_a_batch_does_not_poison_the_book(young):
+    book = VectorQuantizer(8, 4).train() if young else started_book()
     x = torch.randn(64, 4)
     x[5] = float("nan")
     book(x)
@@ -1436,6 +1454,14 @@ def test_spectrogram_shows_a_sine_where_it_is():
     assert picture.shape == (64, 100) and 0 <= picture.min() and picture.max() == 1
 
 
+def test_a_loud_sound_is_turned_down_and_not_clipped(tmp_path):
+    for gain, peak in ((4.0, 1.0), (0.5, 0.25)):
+        D.save_wav(gain * torch.from_numpy(sine(300)), str(tmp_path / "a.wav"))
+        wave = D.load_audio(str(tmp_path / "a.wav")).numpy()
+        assert np.abs(wave).max() == pytest.approx(peak, abs=1e-2)
+        np.testing.assert_allclose(wave, peak * sine(300) / np.abs(sine(300)).max(), atol=1e-2)
+
+
 @pytest.mark.parametrize("length", [1, 100, 8000])
 def test_pictures_can_be_made_of_any_sound(length):
     for wave in (torch.zeros(length), torch.ones(length)):
@@ -1747,6 +1773,19 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
     assert read_csv(tmp_path / "whole" / f"{name}.csv") == read_csv(tmp_path / "halves" / f"{name}.csv")
 
 
+def test_a_resumed_model_keeps_its_words(run, made, small_recipes, monkeypatch, tmp_path):
+    tables = [write_table(tmp_path / word, [(f"{i}.wav", hiss(1, i), f"{word} {i}") for i in range(3)])
+              for word in ("rain", "wind")]  # as many pieces
+    flags = ["--steps", 3, "--batch", 2, "--codec", made[0] / "out" / "codec.pt", "--out", "halves"]
+    with monkeypatch.context() as patch:
+        stop_at(2, patch)
+        run(train_lm, "--data", tables[0], *flags)
+    before = torch.load(tmp_path / "halves" / "lm.pt", weights_only=True)
+    run(train_lm, "--data", tables[1], *flags, "--resume")
+    after = torch.load(tmp_path / "halves" / "lm.pt", weights_only=True)
+    assert torch.equal(before["tokenizer"], after["tokenizer"]) and before["config"] == after["config"]
+
+
 def test_one_clip_is_soon_learnt_and_its_books_are_used(run, tmp_path, monkeypatch, capsys):
     """What the README tells people to try first on their own sounds, at a smaller budget."""
     monkeypatch.setitem(train_codec.RECIPES, "tiny", train_codec.RECIPES["tiny"] | {"seconds": 0.25})
@@ -1935,6 +1974,9 @@ def test_refused_data_that_does_not_exist_or_is_no_data(refused, tmp_path):
     (["--prompt", "rain", "--seconds", "0"], "--seconds"),
     (["--prompt", "rain", "--seconds", "nan"], "--seconds"),
     (["--prompt", "rain", "--top_p", "2"], "--top_p"),
+    (["--prompt", "rain", "--guidance", "nan"], "--guidance"),
+    (["--prompt", "rain", "--seed", "-1"], "--seed"),
+    (["--prompt", "rain", "--seed", str(2**64)], "--seed"),
     (["--prompt", "rain", "--prompt", "wind", "--stream"], "--stream"),
     (["--prompt", "rain", "--lm", "nowhere.pt"], "nowhere.pt"),
     (["--prompt", "rain", "--codec", "nowhere.pt"], "nowhere.pt"),

@@ -18,7 +18,6 @@ import os
 import time
 
 import numpy as np
-import soundfile
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -52,7 +51,7 @@ def get_args():
     add("--steps", type=D.positive, help="training steps (default: by size)")
     add("--batch", type=D.positive, help="crops per step, over all processes (default: by size)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--seed", type=int, default=0)
+    add("--seed", type=D.whole, default=0)
     add("--resume", action="store_true", help="go on from codec_train.pt in --out")
     add("--eval_only", action="store_true", help="measure codec.pt in --out and stop")
     return parser.parse_args()
@@ -70,8 +69,7 @@ def evaluate(codec, waves, folder) -> str:
     os.makedirs(folder, exist_ok=True)
     for i in np.linspace(0, len(waves) - 1, min(4, len(waves))).astype(int):
         for name, wave in (("real", waves[i]), ("decoded", decoded[i])):
-            path = os.path.join(folder, f"{i:03d}_{name}.wav")
-            soundfile.write(path, wave.clamp(-1, 1).cpu().numpy(), D.SAMPLE_RATE)
+            D.save_wav(wave, os.path.join(folder, f"{i:03d}_{name}.wav"))
     effective, used = perplexity(codes, codec.cfg.codes)
     used = " ".join(f"{100 * u:.0f}" for u in used)
     effective = " ".join(f"{p:.0f}" for p in effective)

@@ -19,7 +19,6 @@ import os
 import time
 
 import numpy as np
-import soundfile
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -65,7 +64,7 @@ def get_args():
     add("--mix", type=float, default=0.25, help="share of examples that mix two clips; 0 is faster")
     add("--guidance", type=float, default=3.0, help="of the sounds made for evaluation")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--seed", type=int, default=0)
+    add("--seed", type=D.whole, default=0)
     add("--resume", action="store_true", help="go on from lm_train.pt in --out")
     add("--eval_only", action="store_true", help="measure lm.pt in --out and stop")
     return parser.parse_args()
@@ -88,9 +87,7 @@ def frechet(x, y):
     """Fréchet distance of two clouds (N, D) taken as Gaussians: |m - n|^2 + tr(A + B - 2 (A B)^(1/2))."""
     x, y = x.cpu().double(), y.cpu().double()
     A, B = x.T.cov(), y.T.cov()
-    values, vectors = torch.linalg.eigh(A)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # A^(1/2)
-    cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()
+    cross = torch.linalg.eigvals(A @ B).sqrt().real.sum()  # none is negative, but for rounding
     distance = (x.mean(0) - y.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross
     return max(0.0, float(distance))  # rounding can put it below
 
@@ -216,8 +213,7 @@ def listen(lm, codec, tokenizer, data, device, guidance, folder, say, each=4):
     os.makedirs(folder, exist_ok=True)
     for i, (wave, prompt) in enumerate(zip(waves, prompts)):
         name = "".join(c if c.isalnum() else "_" for c in prompt)[:60]
-        path = os.path.join(folder, f"{i:03d}_{name}.wav")
-        soundfile.write(path, wave.clamp(-1, 1).cpu().numpy(), D.SAMPLE_RATE)
+        D.save_wav(wave, os.path.join(folder, f"{i:03d}_{name}.wav"))
     rows = {"real, training": (train, train_captions), "real, held out": (real, captions),
             "codec resynthesis": (decoded, captions), f"generated at {guidance:g}": (waves, prompts)}
     z = {}  # the codec's latents (n, F, D): the space in which sounds are compared here
@@ -280,13 +276,13 @@ def make_optimizers(lm, lr, cuda, shard):
 
     Muon (Jordan et al. 2024) takes the same step in all directions of a matrix, be their gradient large or
     small, scaled to the size of AdamW's (arXiv 2502.16982). Vectors do not decay. Sharded, a process keeps
-    the state of its part only."""
+    the state of its part only; AdamW is then not fused, for its count of steps resumes on the CPU."""
     matrices = [p for name, p in lm.named_parameters() if p.dim() == 2 and "blocks" in name]
     tables = [p for name, p in lm.named_parameters() if p.dim() == 2 and "blocks" not in name]
     vectors = [p for p in lm.parameters() if p.dim() == 1]
     groups = [{"params": tables, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     muon = {"lr": lr, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
-    adamw = {"lr": lr, "betas": (0.9, 0.95), "fused": cuda}
+    adamw = {"lr": lr, "betas": (0.9, 0.95), "fused": cuda and not shard}
     if shard:
         from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import, and rarely needed
 
@@ -372,6 +368,8 @@ def main():
             thing.load_state_dict(saved[name])
         start = saved["step"]
         torch.set_rng_state(saved["rng"])
+        lm.tokenizer = average.tokenizer = saved["tokenizer"]  # that of today's captions may be another
+        tokenizer = D.Tokenizer(lm.tokenizer)
     log = D.Log(os.path.join(args.out, "lm.csv"), start) if first else None
     if cuda:  # block by block: what one compiles to serves all the others
         for block in [*lm.text_encoder.blocks, *lm.blocks]:
@@ -387,7 +385,8 @@ def main():
         if first:
             D.save_atomic(average.checkpoint(), path)
             training = {"kind": "nanoaudiogen lm training", "config": vars(config), "steps": steps}
-            training |= {"step": step, "codec_hash": lm.codec_hash, "rng": torch.get_rng_state()}
+            training |= {"step": step, "codec_hash": lm.codec_hash, "tokenizer": lm.tokenizer}
+            training["rng"] = torch.get_rng_state()
             D.save_atomic(training | {k: thing.state_dict() for k, thing in state.items()}, resume_path)
 
     frames_per_step = world * accumulate * micro * config.frames
