@@ -634,7 +634,7 @@ class Tokenizer:
         if len(self.model) < 5 or zlib.crc32(self.model[4:]) != int.from_bytes(self.model[:4], "little"):
             raise ValueError("the tokenizer's model is damaged; take the checkpoint from its source again")
         self.pieces = sentencepiece.SentencePieceProcessor(model_proto=self.model[4:])
-        self.vocab_size = self.pieces.vocab_size()
+        self.vocab_size, self.encode = self.pieces.vocab_size(), self.pieces.encode
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -645,9 +645,6 @@ class Tokenizer:
             vocab_size=max(vocab_size, 300), hard_vocab_limit=False, normalization_rule_name="nmt_nfkc_cf",
             pad_id=0, unk_id=1, bos_id=2, eos_id=3, num_threads=1, minloglevel=2)
         return cls(zlib.crc32(out.getvalue()).to_bytes(4, "little") + out.getvalue())
-
-    def encode(self, text: str) -> list[int]:
-        return self.pieces.encode(text)
 
     def batch(self, captions: list[str], window: int) -> torch.Tensor:
         """Captions -> (B, window) int64 ids, padded with 0; what is longer than the window is cut."""

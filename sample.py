@@ -53,10 +53,8 @@ def get_args():
                 args.prompt += [line.strip() for line in f if line.strip()]
         except UnicodeDecodeError:
             raise ValueError(f"{args.prompts}: not UTF-8 text: save it as UTF-8") from None
-    if not args.prompt and not args.continue_from:
-        raise ValueError('nothing to make: type --prompt "a dog barks in the rain"')
-    if any(not p.strip() for p in args.prompt):
-        raise ValueError('a prompt is empty: type --prompt "a dog barks in the rain"')
+    if not all(p.strip() for p in args.prompt) or not (args.prompt or args.continue_from):
+        raise ValueError('a prompt is empty or missing: type --prompt "a dog barks in the rain"')
     limits = {"seconds": (0.01, 600), "num_samples": (1, 1000), "guidance": (-100, 100)}
     limits |= {"temperature": (0, 10), "top_p": (0, 1), "top_k": (0, 2048)}
     for name, (low, high) in limits.items():
@@ -161,8 +159,7 @@ def main():
     text = tokenizer.batch(prompts, lm.cfg.window).to(device)
     frames = max(1, round(args.seconds * codec.cfg.frame_rate))
     options = {k: getattr(args, k) for k in ("guidance", "temperature", "top_k", "top_p")}
-    if args.negative:
-        options["negative"] = tokenizer.batch([args.negative] * len(prompts), lm.cfg.window).to(device)
+    options["negative"] = tokenizer.batch([args.negative] * len(prompts), lm.cfg.window).to(device)
     if args.continue_from:
         heard = D.load_audio(args.continue_from)[-lm.cfg.frames * codec.cfg.hop :]  # more is never looked at
         start = codec.encode(heard[None].to(device))
