@@ -32,7 +32,7 @@ from lm import AudioLM, LMConfig
 # `base`, which are meant for hours of sound, not for thousands of hours: about 80 minutes of an H200.
 # `micro` clips go through a model of that size at once for every 24 GiB of a GPU.
 RECIPES = {
-    "tiny": {"steps": 1500, "batch": 4, "micro": 4, "lr": 4e-3, "vocab": 512},
+    "tiny": {"steps": 2600, "batch": 4, "micro": 4, "lr": 4e-3, "vocab": 512},
     "base": {"steps": 5000, "batch": 256, "micro": 16, "lr": 5e-4, "vocab": 8000},
     "large": {"steps": 50000, "batch": 256, "micro": 8, "lr": 5e-4, "vocab": 8000},
 }
@@ -61,7 +61,7 @@ def get_args():
     add("--steps", type=D.positive, help="training steps (default: by size)")
     add("--batch", type=D.positive, help="clips per step, over all processes (default: by size)")
     add("--micro", type=D.positive, help="clips per forward pass and process; lower it when memory runs out")
-    add("--mix", type=float, default=0.25, help="share of examples that mix two clips; 0 is faster")
+    add("--mix", type=float, default=0.5, help="share of examples that mix two clips; 0 is faster")
     add("--guidance", type=float, default=3.0, help="of the sounds made for evaluation")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--seed", type=D.whole, default=0)
