@@ -458,7 +458,7 @@ def main():
             say(as_text(measure(average, tokenizer, held_out, device, WRONGS if done == steps else 1)))
     if first:
         listen(average, codec, tokenizer, data, device, args.guidance, wavs, say)
-    say(f'language model saved to {path}; next: python sample.py --prompt "{captions[0] or "rain"}"')
+    say(f'language model saved to {path}; next: python sample.py --prompt "{pool[0]}"')
 
 
 if __name__ == "__main__":
