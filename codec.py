@@ -236,12 +236,12 @@ class VectorQuantizer(nn.Module):
     def forward(self, x, learn: bool = True):
         """(N, D) to quantized (N, D) and index (N,); in training mode the book may then learn from x."""
         learn = learn and self.training
-        if learn:  # one bad step must not poison the book for ever
-            x = torch.nan_to_num(x, 0, 0, 0)
-        if learn and not self.is_started:
-            if not self.started:
-                self.start(x)
-            self.is_started = True
+        if learn:
+            x = torch.nan_to_num(x, 0, 0, 0)  # one bad step must not poison the book for ever
+            if not self.is_started:
+                if not self.started:
+                    self.start(x)
+                self.is_started = True
         index = self.nearest(x)
         quantized = self.embed[index]
         if learn:

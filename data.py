@@ -117,7 +117,7 @@ def load_audio(path: str) -> torch.Tensor:
     return torch.cat(list(read_blocks(path)))
 
 def wav_bytes(wave: torch.Tensor) -> bytes:
-    """A WAV file of 16 bits that holds wave (T,). What is louder than full scale is turned down, not clipped."""
+    """A WAV file of 16 bits that holds wave (T,). Louder than full scale it is turned down, not clipped."""
     samples, buffer = (wave.float() / wave.abs().max().clamp(min=1)).cpu().numpy(), io.BytesIO()
     soundfile.write(buffer, samples, SAMPLE_RATE, format="WAV", subtype="PCM_16")
     return buffer.getvalue()

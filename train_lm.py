@@ -385,8 +385,8 @@ def main():
         if first:
             D.save_atomic(average.checkpoint(), path)
             training = {"kind": "nanoaudiogen lm training", "config": vars(config), "steps": steps}
-            training |= {"step": step, "codec_hash": lm.codec_hash, "tokenizer": lm.tokenizer}
-            training["rng"] = torch.get_rng_state()
+            training |= {"step": step, "rng": torch.get_rng_state()}
+            training |= {"codec_hash": lm.codec_hash, "tokenizer": lm.tokenizer}
             D.save_atomic(training | {k: thing.state_dict() for k, thing in state.items()}, resume_path)
 
     frames_per_step = world * accumulate * micro * config.frames
