@@ -1,18 +1,20 @@
 """The neural codec: a wave becomes K streams of codes, and codes become a wave again.
 
-    wave --Encoder--> z --ResidualVQ--> codes --(look up, sum)--> z_q --Decoder--> wave
+    wave --Encoder--> z --ResidualVQ--> codes --(look up, sum)--> z_q --Decoder--> wave_hat
 
-AudioGen (arXiv 2209.15352), section 3.1 and table of streams; EnCodec (arXiv 2210.13438) for the balancer.
+AudioGen (arXiv 2209.15352), section 3.1, and 3.3 for the streams. From elsewhere: VQ-VAE (1711.00937) for the
+straight-through estimator and codebooks learnt by moving averages, SoundStream (2107.03312) for residual
+quantization, EnCodec (2210.13438) for the discriminator and the balancer.
 Trained by `train_codec.py`; this file needs PyTorch alone and can be copied into another project.
 
 What differs from the reference code (facebookresearch/encodec and audiocraft):
-- a code that has died is really used again: it is replaced after the moving average is updated, not before;
-- after k-means the averages hold sums, as the update expects, not means;
+- a dead code is really used again: it is replaced after the moving averages are updated, not before;
+- after k-means the averages hold sums, as their update expects, not means;
 - "dead" is relative to the mean use of a code, so that it means the same for 64 codes and for 2048;
 - LayerNorm acts on the channels of each time step: a clip's codes do not depend on what is encoded with it;
-- every tensor between layers is (B, T, C): channels last is three times faster on a CPU.
+- every tensor between layers is (B, T, C): channels last is three times faster on a CPU with AVX-512.
 
-Letters: B batch, T samples, F frames, C channels, D latent size, K streams, V codes per book.
+Letters: B batch, T samples, F frames, C channels, D latent size, K streams, V codes in a codebook.
 """
 
 import hashlib
@@ -27,11 +29,15 @@ from torch import nn
 
 SAMPLE_RATE = 16000
 
-# The paper's multi-stream table: more streams, a lower frame rate and smaller books, about the same bit rate.
+# The paper's table of streams: more streams, a lower frame rate, smaller codebooks, about the same bit rate.
 STRIDES = {1: (2, 2, 2, 4), 2: (2, 2, 4, 4), 4: (2, 4, 4, 4), 8: (4, 4, 4, 4)}
 CHANNELS = {"tiny": 16, "paper": 32}
-LOUDNESS = 0.1  # the usual RMS of a clip; inside the networks it counts as 1
-HUSH = 2**-13  # four steps of a 16-bit file, -78 dB: decoded sound is so much nearer to 0, or silent
+TYPICAL_RMS = 0.1  # of a clip: inside the networks, waves are divided by it
+NOISE_FLOOR = 2**-13  # -78 dB, four steps of a 16-bit file: decoded samples are pulled towards 0 by this much
+
+
+class CodecError(ValueError):
+    """What whoever called can mend: a wrong setting, a file that is not a checkpoint."""
 
 
 @dataclass
@@ -44,14 +50,15 @@ class CodecConfig:
 
     def __post_init__(self):
         if self.streams not in STRIDES:
-            raise ValueError(f"streams is {self.streams}, but must be one of 1, 2, 4, 8: type --streams 4")
+            raise CodecError(f"streams is {self.streams}, but must be one of 1, 2, 4, 8: type --streams 4")
         if self.size not in CHANNELS:
-            raise ValueError(f"codec size {self.size!r} is unknown: type --size tiny or --size paper")
+            raise CodecError(f"codec size {self.size!r} is unknown: type --size tiny or --size paper")
         self.channels, self.strides = CHANNELS[self.size], STRIDES[self.streams]
         self.hop = math.prod(self.strides)  # samples per frame
         self.frame_rate = SAMPLE_RATE / self.hop  # frames per second
-        self.codes = 2048 // self.streams  # per book, V
-        self.kbps = self.streams * math.log2(self.codes) * self.frame_rate / 1000  # of the codes, in kbit/s
+        self.codebook_size = 2048 // self.streams  # V
+        bits_per_frame = self.streams * math.log2(self.codebook_size)
+        self.kbps = bits_per_frame * self.frame_rate / 1000  # kbit/s
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -59,10 +66,10 @@ class CodecConfig:
 
 
 class Conv(nn.Conv2d):
-    """1-d convolution over (B, T, C). T must be a multiple of the stride; the result has T / stride steps.
+    """1-d convolution over (B, T, C) -> (B, T / stride, C'). T must be a multiple of the stride.
 
     It runs as a 2-d convolution of height 1: PyTorch has channels-last kernels for images only. The weight is
-    kept as a matrix (C', C * kernel), which is how its optimizer sees it."""
+    kept as a matrix (C', C * kernel), which is how the optimizer Muon sees it."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1):
         super().__init__(c_in, c_out, (1, kernel), (1, stride), padding=(0, (kernel - stride + 1) // 2))
@@ -75,7 +82,7 @@ class Conv(nn.Conv2d):
 
 
 class ConvTranspose(nn.ConvTranspose2d):
-    """The mirror of a strided `Conv`: (B, T, C) to (B, T * stride, C'), kernel 2 * stride."""
+    """The mirror of a strided `Conv`: (B, T, C) -> (B, T * stride, C'), kernel 2 * stride."""
 
     def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__(c_in, c_out, (1, 2 * stride), (1, stride), padding=(0, stride // 2))
@@ -88,19 +95,22 @@ class ConvTranspose(nn.ConvTranspose2d):
 
 
 class ResidualUnit(nn.Module):
-    """Two convolutions and a skip. The norm stands inside the branch: the skip has to carry loudness."""
+    """(B, T, C) -> (B, T, C): two convolutions and a skip.
+
+    The norm stands inside the branch: on the skip it would take away how loud the sound is."""
 
     def __init__(self, c: int):
         super().__init__()
-        wide, narrow = Conv(c, c // 2, 3), nn.Linear(c // 2, c)
-        self.block = nn.Sequential(nn.LayerNorm(c), nn.ELU(), wide, nn.ELU(), narrow)
+        self.block = nn.Sequential(
+            nn.LayerNorm(c), nn.ELU(), Conv(c, c // 2, 3), nn.ELU(), nn.Linear(c // 2, c)
+        )
 
     def forward(self, x):
         return x + self.block(x)
 
 
 class LSTM(nn.LSTM):
-    """Two layers over time with a skip. Looking back only, it lets a stream be decoded in pieces."""
+    """Two layers over time with a skip. It looks back only, so that a stream can be decoded in pieces."""
 
     def __init__(self, c: int):
         super().__init__(c, c, num_layers=2, batch_first=True)
@@ -125,7 +135,7 @@ class Encoder(nn.Module):
         self.out = nn.Sequential(nn.LayerNorm(c), nn.ELU(), Conv(c, cfg.dim, 7))
 
     def forward(self, x):
-        x = self.down(x / LOUDNESS)  # (B, F, 16 C)
+        x = self.down(x / TYPICAL_RMS)  # (B, F, 16 C)
         x, _ = self.lstm(x)
         return self.out(x)  # (B, F, D)
 
@@ -138,7 +148,7 @@ class Decoder(nn.Module):
         c = cfg.channels * 2 ** len(cfg.strides)
         self.inp = Conv(cfg.dim, c, 7)
         self.lstm = LSTM(c)
-        blocks = []
+        blocks: list[nn.Module] = []
         for s in reversed(cfg.strides):
             blocks += [nn.ELU(), ConvTranspose(c, c // 2, s), ResidualUnit(c // 2)]
             c //= 2
@@ -149,9 +159,11 @@ class Decoder(nn.Module):
         return self.to_wave(x)
 
     def to_wave(self, x):
-        """What comes out of the LSTM (B, F, 16 C) to wave (B, F * hop, 1)."""
-        wave = LOUDNESS * self.up(x)
-        return wave if self.training else F.softshrink(wave, HUSH)
+        """What comes out of the LSTM (B, F, 16 C) to wave (B, F * hop, 1).
+
+        Outside training, samples below the noise floor become silence, which no network can hold exactly."""
+        wave = TYPICAL_RMS * self.up(x)
+        return wave if self.training else F.softshrink(wave, NOISE_FLOOR)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -159,124 +171,143 @@ class Decoder(nn.Module):
 
 
 class VectorQuantizer(nn.Module):
-    """One codebook of V vectors, learnt by exponential moving averages instead of by gradients.
+    """One codebook of V vectors, learnt by exponential moving averages (VQ-VAE, appendix A.1), not gradients.
 
-    `total` and `count` average, over the steps, the sum and the number of the vectors that chose each code in
-    a batch; the code is their ratio. The average is quick at first and slows down to `decay`: a young encoder
-    moves its latents faster than a hundred-step memory can follow, and whole books die behind it (measured:
-    perplexity 149 of 512 after 54 steps instead of 3).
+        cluster_size = decay * cluster_size + (1 - decay) * (how many vectors of the batch chose the code)
+        embed_sum    = decay * embed_sum    + (1 - decay) * (the sum of these vectors)
+        embed        = embed_sum / cluster_size
 
-    A code whose count falls under `revive` times the mean count is dead: it moves to a random vector of the
-    batch. It starts with twice the threshold: a wrong guess is seen 70 steps later (2 * .99**69 = 1)."""
+    The averages are quick at first and slow down to `decay`: a young encoder moves its latents faster than an
+    average over a hundred steps can follow, and the codes are left behind (perplexity after 54 steps 149 of
+    512 instead of 3).
 
-    def __init__(self, codes: int, dim: int, decay: float = 0.99, revive: float = 0.1):
+    A code whose cluster_size is below `dead_code_threshold` times the mean is dead, and moves to a random
+    vector of the batch. It restarts at twice the threshold: if nothing chooses it there, it is found dead
+    again within 70 steps (2 * .99^69 = 1)."""
+
+    def __init__(self, codebook_size: int, dim: int, decay: float = 0.99, dead_code_threshold: float = 0.1):
         super().__init__()
-        self.decay, self.revive = decay, revive
-        self.embed = nn.Buffer(torch.randn(codes, dim))  # (V, D)
-        self.total = nn.Buffer(self.embed.clone())  # (V, D)
-        self.count = nn.Buffer(torch.ones(codes))  # (V,)
-        self.steps, self.started = nn.Buffer(torch.tensor(0.0)), nn.Buffer(torch.tensor(False))
-        self.is_started = False  # `started` as Python knows it: no wait for the GPU at every step
+        self.decay, self.dead_code_threshold = decay, dead_code_threshold
+        self.embed = nn.Buffer(torch.randn(codebook_size, dim))  # (V, D)
+        self.embed_sum = nn.Buffer(self.embed.clone())  # (V, D)
+        self.cluster_size = nn.Buffer(torch.ones(codebook_size))  # (V,)
+        self.steps, self.inited = nn.Buffer(torch.tensor(0.0)), nn.Buffer(torch.tensor(False))
+        self.is_inited = False  # `inited` as Python knows it: no wait for the GPU at every step
 
     def nearest(self, x):
         """(N, D) to the index of the nearest code (N,); |x|^2 is the same for all codes and left out."""
         return (x @ self.embed.T - self.embed.square().sum(1) / 2).argmax(1)
 
-    def tally(self, x, index):
-        """How many of x chose each code (V,), and their sum (V, D), over all processes."""
-        count = torch.zeros_like(self.count).index_add_(0, index, torch.ones_like(x[:, 0]))
-        total = torch.zeros_like(self.embed).index_add_(0, index, x)
+    def count(self, x, index):
+        """How many of x chose each code (V,), and the sum of these (V, D), over all processes."""
+        counts = torch.zeros_like(self.cluster_size).index_add_(0, index, torch.ones_like(x[:, 0]))
+        sums = torch.zeros_like(self.embed).index_add_(0, index, x)
         if dist.is_initialized():
-            dist.all_reduce(count)
-            dist.all_reduce(total)
-        return count, total
+            dist.all_reduce(counts)
+            dist.all_reduce(sums)
+        return counts, sums
 
-    def draw(self, x):
+    def random_vectors(self, x):
         """V random vectors (V, D) of the whole batch, of which each process holds a part."""
-        parts = dist.get_world_size() if dist.is_initialized() else 1
-        pick = torch.randint(parts * len(x), self.count.shape, device=x.device)
-        if parts == 1:
-            return x[pick]
-        dist.broadcast(pick, 0)
-        mine = pick // len(x) == dist.get_rank()
-        drawn = torch.where(mine[:, None], x[pick % len(x)], 0)
-        dist.all_reduce(drawn)
-        return drawn
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        chosen = torch.randint(world_size * len(x), self.cluster_size.shape, device=x.device)
+        if world_size == 1:
+            return x[chosen]
+        dist.broadcast(chosen, 0)
+        mine = chosen // len(x) == dist.get_rank()
+        vectors = torch.where(mine[:, None], x[chosen % len(x)], 0)
+        dist.all_reduce(vectors)
+        return vectors
 
-    def start(self, x, rounds: int = 10):
+    def kmeans_init(self, x, iterations: int = 10):
         """K-means on the first batch. The averages hold counts and sums, as every later update expects."""
-        self.embed.copy_(self.draw(x))
-        for _ in range(rounds):
-            count, total = self.tally(x, self.nearest(x))
-            means = total / count[:, None].clamp(min=1)
-            self.embed.copy_(torch.where(count[:, None] > 0, means, self.draw(x)))
-        self.count.copy_(count)
-        self.total.copy_(self.embed * count[:, None])
-        self.replace_dead(x)
-        self.started.fill_(True)
+        self.embed.copy_(self.random_vectors(x))
+        for _ in range(iterations):
+            counts, sums = self.count(x, self.nearest(x))
+            means = sums / counts[:, None].clamp(min=1)
+            self.embed.copy_(torch.where(counts[:, None] > 0, means, self.random_vectors(x)))
+        self.cluster_size.copy_(counts)
+        self.embed_sum.copy_(self.embed * counts[:, None])
+        self.replace_dead_codes(x)
+        self.inited.fill_(True)
 
     def update(self, x, index):
-        """One EMA step towards the batch; only then are dead codes replaced, so that they stay replaced."""
-        count, total = self.tally(x, index)
+        """One step of the averages; only then are dead codes replaced, so that they stay replaced."""
+        counts, sums = self.count(x, index)
         self.steps += 1
-        rate = 1 - torch.clamp(self.steps / (9 + self.steps), max=self.decay)
-        self.count.lerp_(count, rate)
-        self.total.lerp_(total, rate)
-        self.embed.copy_(self.total / self.count[:, None].clamp(min=1e-9))
-        self.replace_dead(x)
+        weight = 1 - torch.clamp(self.steps / (9 + self.steps), max=self.decay)
+        self.cluster_size.lerp_(counts, weight)
+        self.embed_sum.lerp_(sums, weight)
+        self.embed.copy_(self.embed_sum / self.cluster_size[:, None].clamp(min=1e-9))
+        self.replace_dead_codes(x)
 
-    def replace_dead(self, x):
-        threshold = self.revive * self.count.mean()
-        dead = self.count < threshold  # (V,)
-        self.count.copy_(torch.where(dead, 2 * threshold, self.count))
-        self.embed.copy_(torch.where(dead[:, None], self.draw(x), self.embed))
-        self.total.copy_(torch.where(dead[:, None], self.embed * self.count[:, None], self.total))
+    def replace_dead_codes(self, x):
+        """Move every dead code to a random vector of x (N, D): embed, embed_sum and cluster_size alike."""
+        threshold = self.dead_code_threshold * self.cluster_size.mean()
+        dead = self.cluster_size < threshold  # (V,)
+        self.cluster_size.copy_(torch.where(dead, 2 * threshold, self.cluster_size))
+        self.embed.copy_(torch.where(dead[:, None], self.random_vectors(x), self.embed))
+        self.embed_sum.copy_(
+            torch.where(dead[:, None], self.embed * self.cluster_size[:, None], self.embed_sum)
+        )
 
     @torch.no_grad()
-    def forward(self, x, learn: bool = True):
-        """(N, D) to quantized (N, D) and index (N,); in training mode the book may then learn from x."""
-        learn = learn and self.training
-        if learn:
-            x = torch.nan_to_num(x, 0, 0, 0)  # one bad step must not poison the book for ever
-            if not self.is_started:
-                if not self.started:
-                    self.start(x)
-                self.is_started = True
+    def forward(self, x, update: bool = True):
+        """(N, D) to quantized (N, D) and index (N,); in training mode the codebook may then learn from x."""
+        update = update and self.training
+        if update:
+            x = torch.nan_to_num(x, 0, 0, 0)  # one bad step must not stay in the averages for ever
+            if not self.is_inited:
+                if not self.inited:
+                    self.kmeans_init(x)
+                self.is_inited = True
         index = self.nearest(x)
         quantized = self.embed[index]
-        if learn:
+        if update:
             self.update(x, index)
         return quantized, index
 
 
 class ResidualVQ(nn.Module):
-    """K books in a row, each coding what the ones before it left over; K = 1 is plain VQ (section 3.3)."""
+    """K codebooks in a row, each coding what the ones before it left over (SoundStream, section III-C).
 
-    def __init__(self, streams: int, codes: int, dim: int = 128, decay: float = 0.99, revive: float = 0.1):
+    K = 1 is plain vector quantization. More streams are the paper's section 3.3."""
+
+    def __init__(
+        self,
+        streams: int,
+        codebook_size: int,
+        dim: int = 128,
+        decay: float = 0.99,
+        dead_code_threshold: float = 0.1,
+    ):
         super().__init__()
-        self.books = nn.ModuleList(VectorQuantizer(codes, dim, decay, revive) for _ in range(streams))
+        one = (codebook_size, dim, decay, dead_code_threshold)
+        self.codebooks = nn.ModuleList(VectorQuantizer(*one) for _ in range(streams))
 
-    def forward(self, z, learn: bool = True):
+    def forward(self, z, update: bool = True):
         """z (B, F, D) -> z_q (B, F, D) with straight-through gradient, codes (B, K, F), commitment loss ().
 
+        The commitment loss is the mean over the stages of |residual - quantized|^2, each stage's own: only
+        so do all of them, and not the first alone, pull the encoder towards their codes.
         All in float32: squared distances of nearby vectors drown in the rounding of 16-bit floats."""
-        B, F_, D = z.shape
+        B, n_frames, D = z.shape
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             residual = z.reshape(-1, D)  # (N, D)
             codes, commitment = [], z.new_zeros(())
-            for book in self.books:
-                quantized, index = book(residual, learn)
+            for codebook in self.codebooks:
+                quantized, index = codebook(residual, update)
                 commitment = commitment + F.mse_loss(residual, quantized)
                 residual = residual - quantized
-                codes.append(index.view(B, F_))
-            # Straight through, once, on the sum: the value is z_q, the gradient is that of z.
+                codes.append(index.view(B, n_frames))
+            # Straight through (VQ-VAE, section 3.2), once, on the sum: the value is z_q, the gradient is z's.
             z_q = z - residual.view_as(z).detach()
-        return z_q, torch.stack(codes, 1), commitment / len(self.books)
+        return z_q, torch.stack(codes, 1), commitment / len(self.codebooks)
 
     def decode(self, codes):
         """Codes (B, K, F) to the sum of their vectors (B, F, D)."""
-        return sum(book.embed[codes[:, k]] for k, book in enumerate(self.books))
+        return sum(codebook.embed[codes[:, k]] for k, codebook in enumerate(self.codebooks))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -290,10 +321,11 @@ class Codec(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.encoder = Encoder(cfg)
-        self.quantizer = ResidualVQ(cfg.streams, cfg.codes, cfg.dim)
+        self.quantizer = ResidualVQ(cfg.streams, cfg.codebook_size, cfg.dim)
         self.decoder = Decoder(cfg)
-        # Biases start at 0. PyTorch draws them at random, louder than most sounds: behind the norm all frames
-        # then look alike, the decoder learns to do without them, and some runs stay there for long.
+        # Biases start at 0. PyTorch draws them at random, louder than most sounds: after the LayerNorm all
+        # frames then look alike, and the decoder learns to do without them (after 100 steps 9 to 42 % of each
+        # codebook were in use, instead of 83 to 95 %).
         for name, parameter in self.named_parameters():
             if "bias" in name:
                 nn.init.zeros_(parameter)
@@ -313,7 +345,7 @@ class Codec(nn.Module):
     def encode(self, wave):
         """Wave (B, T) in [-1, 1] at 16 kHz to codes (B, K, F) int64, F = ceil(T / hop). Never learns."""
         with torch.autocast(wave.device.type, enabled=False):
-            return self.quantizer(self.latents(wave), learn=False)[1]
+            return self.quantizer(self.latents(wave), update=False)[1]
 
     @torch.no_grad()
     def decode(self, codes):
@@ -324,27 +356,38 @@ class Codec(nn.Module):
     def decode_stream(self, chunks):
         """Chunks of codes (B, K, f) to pieces of the wave, which together equal `decode` of the whole.
 
-        Convolutions see a few frames to each side, so sound comes out `2 * margin` frames after its codes;
-        the LSTM only looks back and keeps its state. Nothing is ever decoded twice but the margins."""
-        margin, hop = 3, self.cfg.hop  # of `Decoder.inp` (7 // 2); of `Decoder.up` it is under 2 frames
+        A convolution needs `margin` frames on both sides of what it computes; the LSTM only looks back, and
+        keeps its state. So sound comes out 2 * margin frames after its codes went in:
+
+            codes that have gone in     0 ---------------------------------------- now
+            through `inp` and the LSTM  0 ------------------------- now - margin
+            played                      0 ---------- now - 2 margin
+
+        Kept for the next chunk are the last 2 * margin latents and the last 2 * margin outputs of the LSTM:
+        half of each is the past, half the future, of what is computed next."""
+        margin = 3  # `Decoder.inp` has a kernel of 7; `Decoder.up` needs less than 2 frames
+        hop = self.cfg.hop
         z, x, state = None, None, None  # latents and LSTM outputs from which the next frames will be made
-        x_past = 0  # how many of the latter are context only
+        x_past = 0  # how many frames of x have been played, and are kept as the past of the others
         for chunk in itertools.chain(chunks, [None]):  # None: that was the last
-            new = 0 * z[:, :margin] if chunk is None else self.quantizer.decode(chunk)
+            is_last = chunk is None
+            new = 0 * z[:, :margin] if is_last else self.quantizer.decode(chunk)
             z = F.pad(new, (0, 0, margin, 0)) if z is None else torch.cat((z, new), 1)  # as `inp` pads
             if z.shape[1] > 2 * margin:
                 y, state = self.decoder.lstm(self.decoder.inp(z)[:, margin:-margin], state)
-                x, z = y if x is None else torch.cat((x, y), 1), z[:, -2 * margin :]
+                x = y if x is None else torch.cat((x, y), 1)
+                z = z[:, -2 * margin :]
             if x is None:
                 continue
-            ready = x.shape[1] - (0 if chunk is None else margin)
+            ready = x.shape[1] if is_last else x.shape[1] - margin
             if ready > x_past:
                 yield self.decoder.to_wave(x)[:, x_past * hop : ready * hop, 0]
                 x, x_past = x[:, max(ready - margin, 0) :], min(ready, margin)
 
     def hash(self) -> str:
-        """A fingerprint of what makes the codes, encoder and books: a language model remembers whose codes it
-        learnt. The decoder may learn on without it."""
+        """A fingerprint of what makes the codes: encoder and codebooks.
+
+        A language model remembers whose codes it learnt; the decoder may be trained further without it."""
         digest = hashlib.sha256(repr(sorted(asdict(self.cfg).items())).encode())
         for name, tensor in sorted(self.state_dict().items()):
             if name.startswith("encoder") or name.endswith("embed"):
@@ -357,30 +400,30 @@ class Codec(nn.Module):
 
     @staticmethod
     def load(path, device="cpu") -> "Codec":
-        """The codec in a checkpoint, in evaluation mode and float32. ValueError where the file is not one."""
+        """The codec in a checkpoint, in evaluation mode and float32. CodecError: the file is not one."""
         checkpoint = load_checkpoint(path, "nanoaudiogen codec")
         try:
             codec = Codec(CodecConfig(**checkpoint["config"]))
             codec.load_state_dict(checkpoint["model"])
-        except (KeyError, TypeError, RuntimeError) as e:
-            reason = str(e).splitlines()[0]
-            raise ValueError(f"{path}: of another version ({reason}): train it again") from None
+        except (KeyError, TypeError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise CodecError(f"{path}: of another version ({reason}): train it again") from None
         return codec.to(device).eval()
 
 
 def load_checkpoint(path, kind: str) -> dict:
-    """A checkpoint of this kind, loaded without running code from the file; ValueError for anything else.
+    """A checkpoint of this kind, loaded without running code from the file; CodecError for anything else.
     (codec.py and lm.py have the same one, for each can be copied alone.)"""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such checkpoint: train one first, or name another") from None
+        raise CodecError(f"{path}: no such checkpoint: train one first, or name another") from None
     except Exception as e:  # noqa: BLE001 (torch.load raises a dozen types for broken files)
         reason = (str(e).splitlines() or [type(e).__name__])[0][:80]
-        raise ValueError(f"{path}: truncated, or not a checkpoint ({reason}): name another file") from None
+        raise CodecError(f"{path}: truncated, or not a checkpoint ({reason}): name another file") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
         found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
-        raise ValueError(f"{path}: expected a {kind}, found {found or 'another project'}: name another file")
+        raise CodecError(f"{path}: expected a {kind}, found {found or 'another project'}: name another file")
     return checkpoint
 
 
@@ -392,9 +435,9 @@ def mel_filters(n_fft: int, n_mels: int):
     """Triangular filters, centres evenly spaced on the mel scale 2595 log10(1 + f / 700) from 0 to 8 kHz.
 
     Returns (n_fft // 2 + 1, M). The outermost centres lie on the edges, so that the weights of every bin sum
-    to 1: the usual bank is deaf to 0 Hz and to 8 kHz, where strided decoders leave tones. Where a window
-    has too few bins for 64 bands, some triangles would fall between two bins and stay silent for ever; M is
-    then the largest number of bands that each hear something."""
+    to 1: usual filter banks ignore 0 Hz and 8 kHz, where strided decoders leave tones. A window with too few
+    bins for n_mels bands would leave bands that lie between two bins and always read 0; M is then the largest
+    number of bands that each contain a bin."""
     bins = torch.linspace(0, SAMPLE_RATE / 2, n_fft // 2 + 1, dtype=torch.float64)
     top = 2595 * math.log10(1 + SAMPLE_RATE / 2 / 700)
     while True:
@@ -410,16 +453,17 @@ def mel_filters(n_fft: int, n_mels: int):
 
 
 class MelLoss(nn.Module):
-    """l_f of section 3.1: mel spectra at windows 2^5 .. 2^11, hop a quarter of the window.
+    """l_f of section 3.1: L1 and L2 distance of mel spectra S at windows 2^5 .. 2^11, hop a quarter of it.
 
-    Mean over scales of  mean |S(x) - S(y)|  +  alpha * mean over frames of ||L(x) - L(y)|| / sqrt(M), where
-    L = log(S + floor). alpha is 1 at every scale, as EnCodec chose: the balancer rescales the whole anyway,
-    and what is left of an alpha that grows with the window is a preference for long windows, which blurs
-    attacks. Long windows have more bands than the paper's 64, up to a quarter of the window: 64 would hear
-    the harmonics of a voice above 2 kHz as one, and could not teach a codec to tell them from noise. The L2
-    norm is taken over the bands of each frame, so that one bad frame cannot outweigh all others. The gradient
-    of a log is one over its argument: with a floor of 1e-5 the loudest bands hear next to nothing of the loss
-    and come out 10 dB too quiet. At 1e-3 all three held-out measures are better."""
+        mean over windows of  mean |S(x) - S(y)|  +  mean over frames of ||log S(x) - log S(y)||_2 / sqrt(M)
+
+    What differs from the paper, each settled by measurement (experiments/README.md):
+    - both terms weigh 1 at every window, as in EnCodec: weights that grow with the window blur attacks;
+    - windows have up to a quarter of their length as bands, not 64, which cannot tell harmonics above 2 kHz
+      from noise;
+    - the L2 norm is that of each frame's bands: one bad frame must not outweigh all others;
+    - log S is log(S + floor) with a floor of 1e-3: the gradient of a logarithm is one over its argument, and
+      with 1e-5 what is loud has no weight beside what is nearly silent, and comes out 10 dB too quiet."""
 
     def __init__(self, exponents=range(5, 12), n_mels: int = 0, floor: float = 1e-3):
         super().__init__()
@@ -442,34 +486,40 @@ class MelLoss(nn.Module):
             with torch.no_grad():
                 x = self.mel(target, n)
             y = self.mel(estimate, n)
-            per_frame = ((y + self.floor).log() - (x + self.floor).log()).square().mean(-1)  # (B, frames)
-            loss = loss + (y - x).abs().mean() + (per_frame + 1e-12).sqrt().mean()
+            squares = ((y + self.floor).log() - (x + self.floor).log()).square().mean(-1)  # (B, frames)
+            loss = loss + (y - x).abs().mean() + (squares + 1e-12).sqrt().mean()
         return loss / len(self.windows)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The adversary (section 3.1; EnCodec section 3.4)
+# The adversary (section 3.1; EnCodec, section 3.4)
 
 
 def fold(x):
-    """(B, C, frames, bins) to (B, 2 C, frames, bins / 2): pairs of bins side by side as channels, where a
-    kernel of 4 sees what one of 8 sees that moves by 2. GPUs are slow at the gradient of a stride."""
+    """(B, C, frames, bins) to (B, 2 C, frames, bins / 2): pairs of neighbouring bins become channels.
+
+    A kernel of 4 bins then sees what one of 8 sees that moves by 2, without a stride, whose gradient is slow
+    on GPUs: four such layers took 61 ms and take 10."""
     return x.unflatten(3, (-1, 2)).permute(0, 4, 1, 2, 3).flatten(1, 2)
 
 
-class ScaleDiscriminator(nn.Module):
-    """Judges one complex STFT, real and imaginary part as two channels."""
+class DiscriminatorSTFT(nn.Module):
+    """One scale: 2-d convolutions over a complex STFT, its real and imaginary part as two channels."""
 
     def __init__(self, n_fft: int, filters: int):
         super().__init__()
         self.n_fft = n_fft
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
-        conv = lambda *args, **kw: nn.utils.parametrizations.weight_norm(nn.Conv2d(*args, **kw))
+
+        def conv(*args, **options):
+            return nn.utils.parametrizations.weight_norm(nn.Conv2d(*args, **options))
+
         self.convs = nn.ModuleList([conv(2, filters, (3, 8), padding=(1, 4))])
-        for d in (1, 2, 4):  # 3 x 8 with stride 2, see `fold`
-            self.convs.append(conv(2 * filters, filters, (3, 4), dilation=(d, 1), padding=(d, 2)))
+        for dilation in (1, 2, 4):  # the paper's 3 x 8 with stride 2, see `fold`
+            kernel = {"kernel_size": (3, 4), "dilation": (dilation, 1), "padding": (dilation, 2)}
+            self.convs.append(conv(2 * filters, filters, **kernel))
         self.convs.append(conv(filters, filters, (3, 3), padding=(1, 1)))
-        self.logit = conv(filters, 1, (3, 3), padding=(1, 1))
+        self.conv_post = conv(filters, 1, (3, 3), padding=(1, 1))
 
     def forward(self, wave):
         """Wave (B, T) -> logits (B, 1, frames, bands), and the features of every layer."""
@@ -482,15 +532,15 @@ class ScaleDiscriminator(nn.Module):
                 x = fold(x)
             x = F.leaky_relu(layer(x), 0.2)
             features.append(x)
-        return self.logit(x).float(), features
+        return self.conv_post(x).float(), features
 
 
-class STFTDiscriminator(nn.Module):
-    """MS-STFT discriminator: five windows, one judge each."""
+class MultiScaleSTFTDiscriminator(nn.Module):
+    """MS-STFT discriminator (EnCodec, section 3.4): the same network at five windows."""
 
     def __init__(self, filters: int = 32, windows=(2048, 1024, 512, 256, 128)):
         super().__init__()
-        self.scales = nn.ModuleList(ScaleDiscriminator(n, filters) for n in windows)
+        self.scales = nn.ModuleList(DiscriminatorSTFT(n, filters) for n in windows)
 
     def forward(self, wave):
         """Wave (B, T) -> list of logits, list of lists of features."""
@@ -499,31 +549,35 @@ class STFTDiscriminator(nn.Module):
 
 
 def discriminator_loss(real, fake):
-    """Hinge loss of the judges, mean over the K scales: real above 1, fake below -1."""
-    return sum(F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in zip(real, fake)) / len(real)
+    """l_d of section 3.1, a hinge: mean over the K scales of max(0, 1 - D(x)) + max(0, 1 + D(x_hat))."""
+    losses = [F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in zip(real, fake)]
+    return sum(losses) / len(losses)
 
 
 def generator_loss(fake):
-    """Hinge loss of the codec, mean over the K scales: its sound should be called real."""
+    """l_g of section 3.1, a hinge: mean over the K scales of max(0, 1 - D(x_hat))."""
     return sum(F.relu(1 - f).mean() for f in fake) / len(fake)
 
 
 def feature_loss(real, fake):
-    """Feature matching: mean over K scales and L layers of the L1 distance of their features."""
-    pairs = [(r, f) for R, F_ in zip(real, fake) for r, f in zip(R, F_)]
-    return sum((f - r.detach()).abs().mean(dtype=torch.float32) for r, f in pairs) / len(pairs)
+    """l_feat of section 3.1: mean over K scales and L layers of the L1 distance of their features."""
+    distances = []
+    for real_layers, fake_layers in zip(real, fake):
+        for r, f in zip(real_layers, fake_layers):
+            distances.append((f - r.detach()).abs().mean(dtype=torch.float32))
+    return sum(distances) / len(distances)
 
 
 class Balancer(nn.Module):
-    """Makes a loss's weight its share of the gradient, whatever its scale (EnCodec section 3.4).
+    """Makes a loss's weight its share of the gradient, whatever its scale (EnCodec, section 3.4).
 
         g = sum_i  w_i / (sum_j w_j) * g_i / max(||g_i||, <||g_i||>)      for every clip
 
-    g_i is the gradient of loss i at a clip's output, ||.|| its norm (times B: the clip's own, not its part in
-    the batch's mean), <.> the mean over clips and a moving average over steps, corrected for its start. The
-    maximum is ours: no clip pulls harder than the average one. A logarithm's slope is 1 / loudness, so that
-    the few nearly silent clips of a batch would else own its gradient. The averages are buffers: they belong
-    in the checkpoint."""
+    g_i is the gradient of loss i at a clip's output, ||.|| its norm (times B, since losses are means over
+    the batch), <.> the mean over clips and a moving average over steps, corrected for its start.
+    The maximum is ours: no clip pulls harder than the average one. The slope of a logarithm is one over
+    loudness, and without it the few nearly silent clips of a batch would have most of its gradient.
+    The averages are buffers: they belong in the checkpoint."""
 
     def __init__(self, names, decay: float = 0.999):
         super().__init__()
@@ -542,7 +596,7 @@ class Balancer(nn.Module):
             if dist.is_initialized():
                 dist.all_reduce(norm, op=dist.ReduceOp.SUM)
                 norm = norm / dist.get_world_size()
-            if torch.isfinite(norm):  # one bad step must not poison the average for ever
+            if torch.isfinite(norm):  # one bad step must not stay in the average for ever
                 self.norm[i] = self.decay * self.norm[i] + (1 - self.decay) * norm
                 self.steps[i] += 1
             average = self.norm[i] / (1 - self.decay ** self.steps[i])
@@ -552,11 +606,13 @@ class Balancer(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Measures of a codec, all on waves (B, T), one value per clip (B,)
+# Measures of a codec: waves (B, T) to one value for each clip (B,), and of the use of its codebooks
 
 
 def si_snr(target, estimate):
-    """Scale-invariant signal-to-noise ratio in dB; higher is better."""
+    """Scale-invariant signal-to-noise ratio in dB (arXiv 1811.02508); higher is better.
+
+    10 log10(|a x|^2 / |a x - y|^2)  with  a = <x, y> / <x, x>,  both without their mean"""
     target = target - target.mean(1, keepdim=True)
     estimate = estimate - estimate.mean(1, keepdim=True)
     scale = (target * estimate).sum(1, keepdim=True) / (target.square().sum(1, keepdim=True) + 1e-8)
@@ -575,23 +631,26 @@ def log_mel_distance(target, estimate, floor: float = 1e-5):
 def log_spectrum_distance(target, estimate, windows=(256, 512, 1024, 2048), floor: float = 1e-4):
     """Mean absolute difference of log10 |STFT|, mean over four windows; lower is better.
 
-    It hears fine structure that a mel spectrum averages away: two noises of one spectrum are .30 apart."""
+    It sees fine structure that a mel spectrum averages away: two noises of one spectrum are .30 apart."""
     total = torch.zeros(len(target), device=target.device)
     for n in windows:
         window = torch.hann_window(n, device=target.device)
-        x, y = (torch.stft(wave, n, n // 4, window=window, pad_mode="constant", return_complex=True).abs()
-                for wave in (target, estimate))
-        total = total + (x.clamp(min=floor).log10() - y.clamp(min=floor).log10()).abs().mean((1, 2))
+
+        def log_magnitude(wave, n=n, window=window):
+            spectrum = torch.stft(wave, n, n // 4, window=window, pad_mode="constant", return_complex=True)
+            return spectrum.abs().clamp(min=floor).log10()
+
+        total = total + (log_magnitude(target) - log_magnitude(estimate)).abs().mean((1, 2))
     return total / len(windows)
 
 
-def effective_codes(count) -> float:
-    """How often each code of a book was used (V,) -> the effective number in use (exp of the entropy)."""
-    return math.exp(torch.special.entr(count / count.sum()).sum())
+def perplexity(counts) -> float:
+    """How often each code was used (V,) -> how many codes are effectively in use: exp of the entropy."""
+    return math.exp(torch.special.entr(counts / counts.sum()).sum())
 
 
-def perplexity(codes, size: int):
-    """Codes (B, K, F) -> for each stream the effective number of codes in use (exp of the entropy), and the
-    share of the book that is used at all; two lists of K floats."""
-    counts = [torch.bincount(stream.flatten(), minlength=size).float() for stream in codes.unbind(1)]
-    return [effective_codes(c) for c in counts], [float((c > 0).float().mean()) for c in counts]
+def code_counts(codes, codebook_size: int):
+    """Codes (B, K, F) -> for each stream how often each of its codes was used (K, V)."""
+    return torch.stack(
+        [torch.bincount(s.flatten(), minlength=codebook_size) for s in codes.unbind(1)]
+    ).float()

@@ -7,40 +7,48 @@
     python sample.py --prompt "sea waves" --stream | aplay                hear it while it is made
 
 Weights: the newest pair in out/, else the ones in pretrained/; or name them with --lm and --codec.
-Writes to --out one WAV per sound and index.html, a page with players and spectrograms that works offline.
+Writes to --out one WAV per sound, as each is done, and index.html, a page with players and spectrograms that
+works offline.
 """
 
 import base64
+import contextlib
 import html
+import itertools
 import os
 import struct
 import sys
 import tempfile
-import timeit
 import zlib
 
 import numpy as np
 import torch
 
 import data as D
-from codec import Codec, MelLoss
-from lm import AudioLM
+from codec import Codec, CodecError, MelLoss
+from lm import AudioLM, LMError
+
+LIMITS = {"seconds": (0.01, 600), "num_samples": (1, 1000), "guidance": (-100, 100)}
+LIMITS |= {"temperature": (0, 10), "top_p": (0, 1), "top_k": (0, 2048)}
+CACHE_BYTES = 2**30  # of keys and values at once: more sounds than fit are made one batch after the other
 
 
 def get_args():
+    """The flags, and the prompts of --prompts among those of --prompt."""
     parser = D.Parser(description="Turn words into sound.")
     add = parser.add_argument
     add("--prompt", action="append", default=[], help="what to hear; may be given several times")
     add("--prompts", help="text file with a prompt per line")
     add("--seconds", type=float, default=5.0)
     add("--num_samples", type=D.positive, default=1, help="sounds per prompt, each with the next seed")
-    add("--seed", type=D.whole, default=0)
+    add("--seed", type=D.whole_number, default=0)
     add("--guidance", type=float, default=3.0, help="how strongly words weigh: 1 as learnt")
     add("--temperature", type=float, default=1.0, help="below 1 safer, above 1 wilder, 0 likeliest")
     add("--top_k", type=int, default=0, help="choose among the k likeliest codes; 0 among all")
     add("--top_p", type=float, default=0.0, help="choose among codes that make up p; 0 among all")
-    add("--negative", default="", help="what not to hear")
+    add("--negative", default="", help="what not to hear (needs a --guidance other than 1)")
     add("--continue_from", help="audio file whose end is continued")
+    add("--keep_prefix", action="store_true", help="write that file's sound, too, before its continuation")
     add("--stream", nargs="?", const="-", help="write one sound as it is made, to a file or (-) to stdout")
     add("--out", default="samples", help="folder for WAVs and index.html")
     add("--codec", help="codec checkpoint (default: beside the language model)")
@@ -48,32 +56,42 @@ def get_args():
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     args = parser.parse_args()
     if args.prompts:
-        try:
-            with open(args.prompts, encoding="utf-8") as f:
-                args.prompt += [line.strip() for line in f if line.strip()]
-        except UnicodeDecodeError:
-            raise ValueError(f"{args.prompts}: not UTF-8 text: save it as UTF-8") from None
+        args.prompt += read_prompts(args.prompts)
     if not all(p.strip() for p in args.prompt) or not (args.prompt or args.continue_from):
-        raise ValueError('a prompt is empty or missing: type --prompt "a dog barks in the rain"')
-    limits = {"seconds": (0.01, 600), "num_samples": (1, 1000), "guidance": (-100, 100)}
-    limits |= {"temperature": (0, 10), "top_p": (0, 1), "top_k": (0, 2048)}
-    for name, (low, high) in limits.items():
+        raise D.UserError('a prompt is empty or missing: type --prompt "a dog barks in the rain"')
+    for name, (low, high) in LIMITS.items():
         if not low <= getattr(args, name) <= high:
-            raise ValueError(f"--{name} {getattr(args, name)}: expected a number from {low} to {high}")
+            raise D.UserError(f"--{name} {getattr(args, name)}: expected a number from {low} to {high}")
     args.prompt = args.prompt or [""]  # a continuation needs no words
     if args.stream and len(args.prompt) * args.num_samples > 1:
-        raise ValueError("--stream plays one sound: give one --prompt and leave out --num_samples")
+        raise D.UserError("--stream plays one sound: give one --prompt and leave out --num_samples")
+    if args.negative and args.guidance == 1:
+        raise D.UserError("--negative does nothing at --guidance 1: give another guidance, such as 3")
+    if args.keep_prefix and not args.continue_from:
+        raise D.UserError("--keep_prefix goes with --continue_from: name the recording to continue")
     return args
 
 
-def find_weights(args):
+def read_prompts(path: str) -> list[str]:
+    """The lines of a text file that are not empty. UserError: it is not UTF-8."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return [line.strip() for line in file if line.strip()]
+    except UnicodeDecodeError:
+        raise D.UserError(f"{path}: not UTF-8 text: save it as UTF-8") from None
+
+
+def find_weights(args) -> tuple[str, str]:
     """(lm path, codec path): as named, else the newest lm.pt below out/, else pretrained/."""
-    made = [os.path.join(d, "lm.pt") for d, _, files in os.walk("out") if "lm.pt" in files]
+    walk = os.walk("out", followlinks=True)
+    made = [os.path.join(folder, "lm.pt") for folder, _, files in walk if "lm.pt" in files]
     shipped = os.path.join(os.path.dirname(os.path.abspath(__file__)), "pretrained", "lm.pt")
     lm = args.lm or max(made, key=os.path.getmtime, default=shipped)
     if not os.path.exists(lm):
-        raise FileNotFoundError(f"{lm}: no such checkpoint: type python train_codec.py && python train_lm.py "
-                                "--streams 4, or name others with --lm and --codec")
+        raise D.UserError(
+            f"{lm}: no such checkpoint: type python train_codec.py && python train_lm.py "
+            "--streams 4, or name others with --lm and --codec"
+        )
     return lm, args.codec or os.path.join(os.path.dirname(lm), "codec.pt")
 
 
@@ -81,7 +99,7 @@ def find_weights(args):
 # Pictures of sound
 
 
-def spectrogram(wave, width=600):
+def spectrogram(wave, width: int = 600):
     """Wave (T,) to a log-mel picture (64, width) in [0, 1], low frequencies first; it spans 80 dB."""
     mel = MelLoss([10], n_mels=64).mel(wave[None].cpu().float(), 1024)[0].T  # (64, frames)
     mel = torch.nn.functional.interpolate(mel[None], size=width, mode="linear", align_corners=False)[0]
@@ -104,7 +122,7 @@ def png(picture) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def in_characters(wave, width=72, height=10) -> str:
+def in_characters(wave, width: int = 72, height: int = 10) -> str:
     """A spectrogram for the terminal, high frequencies on top."""
     picture = spectrogram(wave, width)
     bands = np.stack([band.mean(0) for band in np.array_split(picture, height)])[::-1]
@@ -112,103 +130,186 @@ def in_characters(wave, width=72, height=10) -> str:
     return "\n".join("".join(shades[int(v * 9.99)] for v in row) for row in bands)
 
 
-def page(title, clips) -> str:
+STYLE = """<style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 44rem; margin: 2rem auto; padding: 0 1rem }
+figure { margin: 2rem 0 }
+img { width: 100%; height: 12rem; display: block; border-radius: 6px 6px 0 0 }
+audio { width: 100% }
+h2 { font-size: 1.1rem; margin: 0 }
+small { color: #666 }
+</style>"""
+
+
+def page(title: str, clips: list[tuple]) -> str:
     """A self-contained HTML page: clips are (caption, settings, wave)."""
-    parts = [
-        "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>",
-        f"<title>{html.escape(title)}</title>",
-        "<style>body{font:16px/1.5 system-ui,sans-serif;max-width:44rem;margin:2rem auto;padding:0 1rem}",
-        "figure{margin:2rem 0}img{width:100%;height:12rem;display:block;border-radius:6px 6px 0 0}",
-        "audio{width:100%}h2{font-size:1.1rem;margin:0}small{color:#666}</style>",
-        f"<h1>{html.escape(title)}</h1>",
-    ]
+    parts = ["<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>"]
+    parts += [f"<title>{html.escape(title)}</title>", STYLE, f"<h1>{html.escape(title)}</h1>"]
     for caption, settings, wave in clips:
         picture = base64.b64encode(png(spectrogram(wave))).decode()
         sound = base64.b64encode(D.wav_bytes(wave)).decode()
-        parts += [f"<figure><h2>{html.escape(caption)}</h2>",
-                  f"<img alt='spectrogram' src='data:image/png;base64,{picture}'>",
-                  f"<audio controls src='data:audio/wav;base64,{sound}'></audio>",
-                  f"<small>{html.escape(settings)}</small></figure>"]
+        parts += [
+            f"<figure><h2>{html.escape(caption)}</h2>",
+            f"<img alt='spectrogram' src='data:image/png;base64,{picture}'>",
+            f"<audio controls src='data:audio/wav;base64,{sound}'></audio>",
+            f"<small>{html.escape(settings)}</small></figure>",
+        ]
     return "\n".join(parts)
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Making sounds
+
+
+class Say:
+    """print() to one stream; what the stream cannot take (a closed pipe, another encoding) is not worth a
+    sound."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+    def __call__(self, text: str):
+        try:
+            print(text, file=self.stream, flush=True)
+        except OSError:
+            self.stream = open(os.devnull, "w")  # noqa: SIM115 (until the program ends)
+
+
+def load_prefix(path: str, codec, lm, device):
+    """The recording to continue: its wave (T,), and the codes (1, K, P) of its last whole frames, as many as
+    the model looks at: they have to end where the recording ends."""
+    wave = D.load_audio(path)
+    frames = max(1, min(len(wave) // codec.cfg.hop, lm.cfg.max_frames))
+    return wave, codec.encode(wave[None, -frames * codec.cfg.hop :].to(device))
+
+
+def check_lengths(tokenizer, prompts: list[str], max_text_len: int) -> None:
+    """UserError: a prompt is longer than the model reads."""
+    for prompt in prompts:
+        tokens = len(tokenizer.encode(prompt))
+        if tokens > max_text_len:
+            raise D.UserError(
+                f"the prompt {prompt[:40]!r}... has {tokens} tokens, the model reads {max_text_len}: "
+                "use fewer words"
+            )
+
+
+def decode_continuation(codec, prefix, codes):
+    """Codes (B, K, F) to waves (B, F * hop), as they sound after the prefix (1, K, P): no step there."""
+    codes = torch.cat((prefix.expand(len(codes), -1, -1), codes), 2)
+    return codec.decode(codes)[:, prefix.shape[2] * codec.cfg.hop :]
+
+
+def without_first(pieces, n: int):
+    """Pieces of a wave (1, t), without its first n samples."""
+    for piece in pieces:
+        skipped = min(n, piece.shape[1])
+        n -= skipped
+        if skipped < piece.shape[1]:
+            yield piece[:, skipped:]
+
+
+def wav_header(n_bytes: int) -> bytes:
+    """Of 16-bit mono; a length that is not known yet is the greatest there is, so that players read on."""
+    form = struct.pack("<IHHIIHH", 16, 1, 1, D.SAMPLE_RATE, 2 * D.SAMPLE_RATE, 2, 16)
+    size = min(n_bytes, 2**32 - 37)
+    return b"RIFF" + struct.pack("<I", 36 + size) + b"WAVEfmt " + form + b"data" + struct.pack("<I", size)
+
+
+def write_stream(pieces, target: str):
+    """Write the pieces of a wave as they come, to a file or (-) to stdout; returns the whole (T,).
+
+    Whoever listens may go away: the sound is made to its end all the same."""
+    waves = []
+    with contextlib.ExitStack() as stack:
+        file = sys.stdout.buffer if target == "-" else stack.enter_context(open(target, "wb"))
+        with contextlib.suppress(BrokenPipeError):
+            file.write(wav_header(2**32))
+        for wave in pieces:
+            waves.append(wave[0].cpu())
+            samples = (waves[-1].clamp(-1, 1) * 32767).short().numpy().astype("<i2")
+            with contextlib.suppress(BrokenPipeError):
+                file.write(samples.tobytes())
+                file.flush()
+        if target != "-" and file.seekable():  # a pipe is left with its promise of the greatest length
+            n_bytes = file.tell() - 44
+            file.seek(0)
+            file.write(wav_header(n_bytes))
+    return torch.cat(waves)
+
+
+def batch_size(lm, device) -> int:
+    """How many sounds are made at once."""
+    cfg = lm.cfg
+    number_bytes = 4 if device.type == "cpu" else 2
+    frame_bytes = 2 * 2 * cfg.n_layer * cfg.n_embd * number_bytes  # keys and values, with and without text
+    return max(1, min(32, CACHE_BYTES // (frame_bytes * (cfg.max_text_len + cfg.max_frames))))
 
 
 def main():
+    """Read the flags, load the models, make the sounds in batches, write them and the page."""
     args = get_args()
     device = D.pick_device(args.device)
-    say = lambda *words: print(*words, file=sys.stderr if args.stream == "-" else sys.stdout, flush=True)
+    say = Say(sys.stderr if args.stream == "-" else sys.stdout)
     lm_path, codec_path = find_weights(args)
     codec = Codec.load(codec_path, device)
     lm = AudioLM.load(lm_path, device, codec.hash())
-    tokenizer = D.Tokenizer(lm.tokenizer)
-    for prompt in args.prompt + [args.negative]:
-        if (tokens := len(tokenizer.encode(prompt))) > lm.cfg.window:
-            raise ValueError(f"the prompt {prompt[:40]!r}... has {tokens} tokens, the model reads "
-                             f"{lm.cfg.window}: use fewer words")
-    lm = lm.to(D.fast_dtype(device))  # a frame costs what it takes to read the weights once: halve them
-    weights = sum(p.numel() * p.element_size() for p in [*lm.blocks.parameters(), lm.heads.weight])
-    lm.pack()
-    say(f"{lm_path} and {codec_path} on {device}, {str(next(lm.parameters()).dtype)[6:]}")
+    tokenizer, max_text_len = D.Tokenizer(lm.tokenizer), lm.cfg.max_text_len
+    check_lengths(tokenizer, args.prompt + [args.negative], max_text_len)
+    # A frame costs what it takes to read the weights once: halve them, and bring them in the right order.
+    lm = lm.to(D.fast_dtype(device)).pack()
+    say(f"{lm_path} and {codec_path} on {device}, {str(lm.bos.dtype)[6:]}")
     os.makedirs(args.out, exist_ok=True)
     tempfile.TemporaryFile(dir=args.out).close()  # where it cannot write, say so before the work
 
-    prompts = [p for p in args.prompt for _ in range(args.num_samples)]
-    seeds = [args.seed + i for _ in args.prompt for i in range(args.num_samples)]
-    text = tokenizer.batch(prompts, lm.cfg.window).to(device)
-    frames = max(1, round(args.seconds * codec.cfg.frame_rate))
-    options = {k: getattr(args, k) for k in ("guidance", "temperature", "top_k", "top_p")}
-    options["negative"] = tokenizer.batch([args.negative] * len(prompts), lm.cfg.window).to(device)
+    options = {name: getattr(args, name) for name in ("guidance", "temperature", "top_k", "top_p")}
+    settings = ", ".join(f"{name} {value}" for name, value in options.items())
+    heard, prefix = None, torch.zeros(1, codec.cfg.streams, 0, dtype=torch.long, device=device)
     if args.continue_from:
-        heard = D.load_audio(args.continue_from)[-lm.cfg.frames * codec.cfg.hop :]  # more is never looked at
-        start = codec.encode(heard[None].to(device))
-        options["prefix"] = start.expand(len(prompts), -1, -1)
-
-    began, first_sound = D.now(device), None
-    blocks = lm.generate_stream(text, frames, seeds=seeds, **options)
-    if args.stream:
-        waves = [[]]
-        target = sys.stdout.buffer if args.stream == "-" else open(args.stream, "wb")  # noqa: SIM115
-        # A WAV header that promises the greatest length: players read on until the stream ends.
-        target.write(b"RIFF\xff\xff\xff\xffWAVEfmt " + struct.pack("<IHHIIHH", 16, 1, 1, 16000, 32000, 2, 16)
-                     + b"data\xff\xff\xff\xff")
-        for wave in codec.decode_stream(blocks):
-            first_sound = first_sound or D.now(device) - began
-            target.write((wave[0].clamp(-1, 1) * 32767).short().cpu().numpy().astype("<i2").tobytes())
-            target.flush()
-            waves[0].append(wave[0])
-        waves = [torch.cat(waves[0])]
-    else:
-        codes = torch.cat(list(blocks), 2)
-        made = D.now(device) - began
-        waves = codec.decode(codes)
-    spent = D.now(device) - began
-
-    clips = []
-    for i, (prompt, seed, wave) in enumerate(zip(prompts, seeds, waves)):
-        name = "".join(c if c.isalnum() else "_" for c in prompt)[:60] or "continued"
-        path = os.path.join(args.out, f"{i:03d}_{name}_{seed}.wav")
-        D.save_wav(wave, path)
-        settings = ", ".join(f"{k} {v}" for k, v in options.items() if not torch.is_tensor(v))
-        clips.append((prompt, f"seed {seed}, {settings}", wave))
-        say(f"\n{prompt} (seed {seed})\n{in_characters(wave)}\n{path}")
-    with open(os.path.join(args.out, "index.html"), "w", encoding="utf-8") as f:
-        f.write(page("nanoAudioGen: " + ", ".join(dict.fromkeys(prompts))[:80], clips))
-    seconds = frames / codec.cfg.frame_rate * len(prompts)
-    say(f"\n{seconds:.1f} s of sound in {spent:.1f} s, {seconds / spent:.1f} x real time, "
-        f"{1000 * spent / frames:.1f} ms per frame; page: {os.path.join(args.out, 'index.html')}")
-    if not args.stream:
-        big = torch.ones(1 << 26, device=device)
-        bandwidth = big.numel() * 4 / min(timeit.repeat(lambda: big.sum().item(), number=1, repeat=4))
-        floor = weights / bandwidth / (made / frames)
-        say(f"language model {1000 * made / frames:.1f} ms per frame, of which reading its weights once "
-            f"({weights / 1e6:.0f} MB at {bandwidth / 1e9:.0f} GB/s) is {100 * floor:.0f} %; "
-            f"codec {100 * (spent - made) / spent:.0f} % of the time")
-    elif first_sound:
-        say(f"first sound after {first_sound:.2f} s")
+        heard, prefix = load_prefix(args.continue_from, codec, lm, device)
+    wanted = [(prompt, args.seed + i) for prompt in args.prompt for i in range(args.num_samples)]
+    frames, n = max(1, round(args.seconds * codec.cfg.frame_rate)), batch_size(lm, device)
+    clips, spent = [], 0.0
+    try:
+        for batch in [wanted[i : i + n] for i in range(0, len(wanted), n)]:
+            began = D.now(device)
+            text = tokenizer.batch([prompt for prompt, _ in batch], max_text_len).to(device)
+            negative = tokenizer.batch([args.negative] * len(batch), max_text_len).to(device)
+            blocks = lm.generate_stream(
+                text,
+                frames,
+                seeds=[seed for _, seed in batch],
+                negative=negative,
+                prefix=prefix.expand(len(batch), -1, -1),
+                **options,
+            )
+            if args.stream:
+                pieces = codec.decode_stream(itertools.chain([prefix] if heard is not None else [], blocks))
+                waves = [write_stream(without_first(pieces, prefix.shape[2] * codec.cfg.hop), args.stream)]
+            else:
+                waves = decode_continuation(codec, prefix, torch.cat(list(blocks), 2))
+            spent += D.now(device) - began
+            for (prompt, seed), wave in zip(batch, waves):
+                if args.keep_prefix:
+                    wave = torch.cat((heard, wave.cpu()))
+                path = f"{len(clips):03d}_{D.file_name(prompt) or 'continued'}_{seed}.wav"
+                path = os.path.join(args.out, path)
+                D.save_wav(wave, path)
+                clips.append((prompt, f"seed {seed}, {settings}", wave))
+                say(f"\n{prompt} (seed {seed})\n{in_characters(wave)}\n{path}")
+    finally:  # of what is done, even if the rest has failed
+        index = os.path.join(args.out, "index.html")
+        title = "nanoAudioGen: " + ", ".join(dict.fromkeys(prompt for prompt, _, _ in clips))[:80]
+        with open(index, "w", encoding="utf-8", errors="replace") as file:
+            file.write(page(title, clips))
+    seconds = frames / codec.cfg.frame_rate * len(clips)
+    say(
+        f"\n{seconds:.1f} s of sound in {spent:.1f} s, {seconds / spent:.1f} x real time, "
+        f"{1000 * spent / frames:.1f} ms per frame; page: {index}"
+    )
 
 
 if __name__ == "__main__":
-    with D.one_line_errors():
+    with D.one_line_errors(CodecError, LMError):
         main()

@@ -1,9 +1,10 @@
 """Train the neural codec: the first of the three commands.
 
-    python train_codec.py                                  the built-in sound world, on whatever machine
-    python train_codec.py --data clips.csv                 your own clips: a CSV, JSONL or folder (see README)
+    python train_codec.py                                  the recordings in sounds/, on whatever machine
+    python train_codec.py --data clips.csv                 your own clips: a table or a folder (see README)
     python train_codec.py --data one_clip/ --out one --steps 400    learn one clip by heart: try this first
     python train_codec.py --data clips.csv --resume        go on after an interruption
+    python train_codec.py --data clips.csv --resume --steps 9000    go on for longer than was planned
     python train_codec.py --data clips.csv --eval_only     measure the codec in --out on the held-out clips
     torchrun --nproc_per_node=8 train_codec.py --data ...  several GPUs (add --nnodes for several machines)
 
@@ -15,7 +16,6 @@ AudioGen (arXiv 2209.15352) section 3.1; the balancer is EnCodec's (arXiv 2210.1
 import copy
 import math
 import os
-import time
 
 import numpy as np
 import torch
@@ -23,258 +23,375 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data as D
-from codec import (Balancer, Codec, CodecConfig, MelLoss, STFTDiscriminator, discriminator_loss,
-                   effective_codes, feature_loss, generator_loss, load_checkpoint, log_mel_distance,
-                   log_spectrum_distance, perplexity, si_snr)
+from codec import (
+    Balancer,
+    Codec,
+    CodecConfig,
+    CodecError,
+    MelLoss,
+    MultiScaleSTFTDiscriminator,
+    code_counts,
+    discriminator_loss,
+    feature_loss,
+    generator_loss,
+    load_checkpoint,
+    log_mel_distance,
+    log_spectrum_distance,
+    perplexity,
+    si_snr,
+)
 
-# Settled by runs of minutes (assets/measured.md). From the share `judge_from` of a run on, codes stay as they
-# are and the decoder alone goes on, against a discriminator with `judge` channels. A step then takes 1.3 to
-# 2.8 times as long, and it has to be there for long: a small budget is better spent without (1.0: it never
-# comes).
+# A size is one line here and one in codec.CHANNELS. Settled by runs of minutes (experiments/README.md).
+# In the second stage, from the share `disc_start` of the steps on, codes stay as they are and the decoder
+# alone learns on, against a discriminator. Its steps take 1.3 to 2.8 times as long, so a small budget is
+# better spent without (1.0: it never comes).
 RECIPES = {
-    "tiny": {"steps": 2000, "batch": 8, "seconds": 1.0, "lr": 4e-3, "judge_from": 1.0, "judge": 16},
-    "paper": {"steps": 10000, "batch": 64, "seconds": 1.0, "lr": 2e-3, "judge_from": 0.6, "judge": 32},
+    "tiny": {"steps": 2000, "batch": 8, "seconds": 1.0, "lr": 4e-3, "disc_start": 1.0, "disc_filters": 16},
+    "paper": {"steps": 10000, "batch": 64, "seconds": 1.0, "lr": 2e-3, "disc_start": 0.6, "disc_filters": 32},
 }
 WEIGHTS = {"wave": 0.15, "mel": 1.0, "adversarial": 1.0, "feature": 1.0}  # shares: see codec.Balancer
-JUDGE_LR = 3e-4  # constant
-COMMITMENT = 0.25  # stands outside the balancer: it does not pass through the output
-CLIP = 10.0  # on the norm of the gradient, which stays below 6 in a healthy run
+COMMITMENT_WEIGHT = 0.25  # outside the balancer, since this loss does not pass through the output
+DISC_LR = 3e-4  # constant
+MAX_GRAD_NORM = 10.0  # a healthy run stays below 6
 
 
 def get_args():
+    """The flags; their defaults depend on the device and stand in RECIPES."""
     parser = D.Parser(description="Train the neural codec.")
     add = parser.add_argument
-    add("--data", nargs="+", default=["world"], help="CSV, JSONL or folder, each with an optional :WEIGHT")
+    D.add_data_flags(parser)
     add("--out", default="out", help="folder for checkpoints, log and prepared data")
     add("--streams", type=int, default=4, help="1, 2, 4 or 8 streams of codes")
     add("--size", choices=sorted(RECIPES), help="default: paper with CUDA, tiny without")
     add("--steps", type=D.positive, help="training steps (default: by size)")
     add("--batch", type=D.positive, help="crops per step, over all processes (default: by size)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--seed", type=D.whole, default=0)
-    add("--resume", action="store_true", help="go on from codec_train.pt in --out")
+    add("--seed", type=D.whole_number, default=0)
+    add("--resume", action="store_true", help="go on from codec_train.pt in --out, with --steps for longer")
     add("--eval_only", action="store_true", help="measure codec.pt in --out and stop")
     return parser.parse_args()
 
 
+# ----------------------------------------------------------------------------------------------------------
+# One step
+
+
+class Training:
+    """All that changes while the codec is trained: it is what a resumed run reads."""
+
+    def __init__(self, config: CodecConfig, recipe: dict, device: torch.device):
+        self.config, self.recipe, self.device = config, recipe, device
+        # The first step starts the codebooks, so the second stage cannot begin with it.
+        self.disc_start = max(1, int(recipe["disc_start"] * recipe["steps"]))
+        codec = Codec(config).train()
+        # Copied on the CPU: on a GPU the copy's LSTM would gather its scattered weights at every call.
+        self.ema = copy.deepcopy(codec).eval().requires_grad_(False).to(device)  # the codec that is kept
+        self.codec = codec.to(device)
+        self.mel = MelLoss().to(device)
+        self.balancer = Balancer(WEIGHTS).to(device)
+        matrices = [p for p in codec.parameters() if p.dim() == 2]
+        vectors = [p for p in codec.parameters() if p.dim() != 2]
+        self.muon = D.Muon(matrices, recipe["lr"])
+        self.adam = torch.optim.Adam(vectors, recipe["lr"], betas=(0.9, 0.99))
+        self.parts = {name: getattr(self, name) for name in ("codec", "ema", "balancer", "muon", "adam")}
+        if recipe["disc_start"] < 1:
+            disc = MultiScaleSTFTDiscriminator(recipe["disc_filters"])
+            self.disc = disc.to(device, memory_format=torch.channels_last)
+            self.disc_adam = torch.optim.Adam(self.disc.parameters(), DISC_LR, betas=(0.5, 0.9))
+            self.parts |= {"disc": self.disc, "disc_adam": self.disc_adam}
+        self.disc_accuracy = 0.5  # moving average of how often the discriminator is right
+        usage = torch.zeros(config.streams, config.codebook_size, device=device)
+        self.usage = usage  # moving average of how often each code is used (K, V)
+
+    def checkpoint(self, step: int) -> dict:
+        """What `load` reads."""
+        plain = {"config": vars(self.config), "steps": self.recipe["steps"], "disc_start": self.disc_start}
+        plain |= {"disc_accuracy": self.disc_accuracy, "usage": self.usage, "rng": torch.get_rng_state()}
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        return {"kind": "nanoaudiogen codec training", "step": step} | plain | states
+
+    def load(self, path: str, steps: int | None) -> int:
+        """Go on from a checkpoint, to `steps` in all where that is given; returns the step it had reached."""
+        saved = load_checkpoint(path, "nanoaudiogen codec training")
+        if "disc_start" not in saved:
+            raise D.UserError(f"{path}: of another version: choose another --out for a new run")
+        if saved["config"] != vars(self.config) or ("disc" in saved) != ("disc" in self.parts):
+            raise D.UserError(
+                f"{path}: was started with {saved['config']} and {'a' if 'disc' in saved else 'no'} "
+                "discriminator: repeat those settings to resume it, or choose another --out for a new run"
+            )
+        for name, part in self.parts.items():
+            part.load_state_dict(saved[name])
+        self.recipe["steps"] = steps or saved["steps"]
+        self.disc_start = max(1, int(self.recipe["disc_start"] * self.recipe["steps"]))
+        if saved["step"] > saved["disc_start"]:  # the second stage does not go back to the first
+            self.disc_start = saved["disc_start"]
+        self.disc_accuracy, self.usage = saved["disc_accuracy"], saved["usage"].to(self.device)
+        torch.set_rng_state(saved["rng"])
+        return saved["step"]
+
+
+def train_step(t: Training, wave, step: int):
+    """One step on waves (B, T), of this process's part of the batch. Returns the losses by name, the norm of
+    the gradient, and whether it was applied.
+
+        l_g = lambda_t l_t + lambda_f l_f + lambda_g l_g + lambda_feat l_feat         (section 3.1)
+
+    The lambdas are set by the balancer, which turns WEIGHTS into shares of the gradient at the output; the
+    commitment loss is added beside it. In the second stage the discriminator takes its own step with l_d."""
+    adversarial = step >= t.disc_start
+    D.set_lr((t.muon, t.adam), learning_rate(t, step))
+    if adversarial:  # codes stay as the averaged encoder and codebooks of the first stage make them
+        codes, commitment = t.ema.encode(wave), torch.zeros((), device=wave.device)
+        with D.autocast(t.device):
+            wave_hat = t.codec.decoder(t.ema.quantizer.decode(codes))[:, : wave.shape[1], 0].float()
+    else:
+        with D.autocast(t.device):
+            wave_hat, codes, commitment = t.codec(wave)
+    losses, weights = {"wave": (wave_hat - wave).abs().mean(), "mel": t.mel(wave, wave_hat)}, WEIGHTS
+    if adversarial:
+        losses |= adversarial_losses(t, wave, wave_hat)
+        # A balancer gives a term its share however meaningless it is: the discriminator's opinion counts only
+        # as far as it is better than a guess.
+        trust = max(0.0, 2 * t.disc_accuracy - 1)
+        weights = WEIGHTS | {name: trust * WEIGHTS[name] for name in ("adversarial", "feature")}
+
+    gradient = t.balancer(losses, weights, wave_hat)
+    t.codec.zero_grad()
+    ((wave_hat * gradient).sum() + COMMITMENT_WEIGHT * commitment).backward()
+    trained = [p for p in t.codec.parameters() if p.grad is not None]
+    mean_over_processes([p.grad for p in trained])
+    grad_norm = torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
+    t.usage.lerp_(code_counts(codes, t.config.codebook_size), 0.02)
+    finite = bool(torch.isfinite(grad_norm))
+    if finite:
+        t.muon.step()
+        t.adam.step()
+        if adversarial:
+            mean_over_processes([p.grad for p in t.disc.parameters()])
+            t.disc_adam.step()
+        update_ema(t.ema.decoder if adversarial else t.ema, t.codec.decoder if adversarial else t.codec, step)
+    return losses | {"commitment": commitment}, grad_norm, finite
+
+
+def adversarial_losses(t: Training, wave, wave_hat) -> dict:
+    """l_g and l_feat for the codec; the gradients of l_d are left at the discriminator's parameters.
+
+    One forward pass of the discriminator serves both sides. Real and decoded clips pass apart, so that what
+    goes back to the codec does not run through the real half (a third of the time). All clips are brought to
+    the same loudness first: quiet ones would be next to nothing to it."""
+    loudness = wave.std(1, keepdim=True) + 1e-3
+    with D.autocast(t.device):
+        real, real_features = t.disc(wave / loudness)
+        fake, fake_features = t.disc(wave_hat / loudness)
+    parameters = list(t.disc.parameters())
+    gradients = torch.autograd.grad(discriminator_loss(real, fake), parameters, retain_graph=True)
+    for p, g in zip(parameters, gradients):
+        p.grad = g
+    right = [(r > 0).float().mean() + (f < 0).float().mean() for r, f in zip(real, fake)]
+    accuracy = torch.stack(right).mean() / 2
+    mean_over_processes([accuracy])  # all must agree on how far to trust it
+    t.disc_accuracy += 0.02 * (accuracy.item() - t.disc_accuracy)
+    return {"adversarial": generator_loss(fake), "feature": feature_loss(real_features, fake_features)}
+
+
+def learning_rate(t: Training, step: int) -> float:
+    """In each stage a linear warm-up over 100 steps, or a tenth of a short stage, and a cosine to zero."""
+    first, last = (0, t.disc_start) if step < t.disc_start else (t.disc_start, t.recipe["steps"])
+    step, steps = step - first, last - first
+    warmup = min(100, max(1, steps // 10))
+    return t.recipe["lr"] * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def mean_over_processes(tensors) -> None:
+    """In place; by hand, for DistributedDataParallel does not see how the balancer calls backward."""
+    if not dist.is_initialized():
+        return
+    flat = torch.cat([x.flatten() for x in tensors])
+    dist.all_reduce(flat)
+    parts = (flat / dist.get_world_size()).split([x.numel() for x in tensors])
+    for x, mean in zip(tensors, parts):
+        x.copy_(mean.view_as(x))
+
+
 @torch.no_grad()
-def evaluate(codec, waves, folder) -> str:
-    """Held-out measures over waves (n, T) in words, means over clips; four of the clips and what the codec
+def update_ema(ema, model, step: int) -> None:
+    """The weights that are kept follow those that learn, more quickly while the run is young.
+
+    Buffers are copied: codebooks are averages already."""
+    decay = min(0.999, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    for a, b in zip(ema.buffers(), model.buffers()):
+        a.copy_(b)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Evaluation and the log
+
+
+@torch.no_grad()
+def evaluate(codec, waves, folder: str) -> str:
+    """Held-out measures over waves (n, T) in words, means over clips. Four of the clips and what the codec
     makes of them go into the folder."""
-    begin = D.now(waves.device)
+    began = D.now(waves.device)
     codes = torch.cat([codec.encode(wave) for wave in waves.split(8)])
-    middle = D.now(waves.device)
+    encoded = D.now(waves.device)
     decoded = torch.cat([codec.decode(part)[:, : waves.shape[1]] for part in codes.split(8)])
-    end = D.now(waves.device)
+    ended = D.now(waves.device)
     os.makedirs(folder, exist_ok=True)
     for i in np.linspace(0, len(waves) - 1, min(4, len(waves))).astype(int):
-        for name, wave in (("real", waves[i]), ("decoded", decoded[i])):
-            D.save_wav(wave, os.path.join(folder, f"{i:03d}_{name}.wav"))
-    effective, used = perplexity(codes, codec.cfg.codes)
-    used = " ".join(f"{100 * u:.0f}" for u in used)
-    effective = " ".join(f"{p:.0f}" for p in effective)
+        D.save_wav(waves[i], os.path.join(folder, f"{i:03d}_real.wav"))
+        D.save_wav(decoded[i], os.path.join(folder, f"{i:03d}_decoded.wav"))
+    counts = code_counts(codes, codec.cfg.codebook_size)  # (K, V)
+    used = " ".join(f"{100 * share:.0f}" for share in (counts > 0).float().mean(1).tolist())
+    effective = " ".join(f"{perplexity(c):.0f}" for c in counts)
     seconds = waves.numel() / D.SAMPLE_RATE
-    return (f"held out: {codec.cfg.kbps:.1f} kbit/s, SI-SNR {si_snr(waves, decoded).median():.2f} dB, "
-            f"log-mel {log_mel_distance(waves, decoded).mean():.3f}, "
-            f"log-spectrum {log_spectrum_distance(waves, decoded).mean():.3f}, "
-            f"% of books used {used}, perplexity {effective}; encodes {seconds / (middle - begin):.0f} "
-            f"and decodes {seconds / (end - middle):.0f} times faster than it plays")
+    return (
+        f"held out: {codec.cfg.kbps:.1f} kbit/s, SI-SNR {si_snr(waves, decoded).median():.2f} dB, "
+        f"log-mel {log_mel_distance(waves, decoded).mean():.3f}, "
+        f"log-spectrum {log_spectrum_distance(waves, decoded).mean():.3f}, "
+        f"% of codes used {used}, perplexity {effective}; encodes {seconds / (encoded - began):.0f} "
+        f"and decodes {seconds / (ended - encoded):.0f} times faster than it plays"
+    )
 
 
-def mean_over_processes(tensors, world):
-    """In place, by hand: the balancer calls backward in ways that DistributedDataParallel does not see."""
-    if world > 1:
-        flat = torch.cat([x.flatten() for x in tensors])
-        dist.all_reduce(flat)
-        for x, mean in zip(tensors, (flat / world).split([x.numel() for x in tensors])):
-            x.copy_(mean.view_as(x))
+def log_step(t: Training, done: int, losses: dict, grad_norm: float, speed: float, log: D.Log, say) -> None:
+    """One line for people, one row for programs."""
+    effective = [perplexity(counts) for counts in t.usage]
+    row = {"step": done} | dict.fromkeys(WEIGHTS, "") | losses
+    row |= {"disc_accuracy": t.disc_accuracy, "grad_norm": grad_norm}
+    log.write(row | {f"perplexity{k}": p for k, p in enumerate(effective)})
+    terms = " ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+    codes = " ".join(f"{p:.0f}" for p in effective)
+    disc = f" | D right {100 * t.disc_accuracy:.0f} %" if "adversarial" in losses else ""
+    seconds = t.recipe["batch"] * t.recipe["seconds"] * speed  # of audio, in a second
+    minutes = (t.recipe["steps"] - done) / speed / 60
+    say(
+        f"{done} {terms} | perplexity {codes}{disc} | grad {grad_norm:.2f} "
+        f"| {seconds:.1f} audio-s/s, {minutes:.0f} min left"
+    )
 
 
-def lr_factor(step, steps):
-    """Linear warm-up over 100 steps, or a tenth of a short stage, and a cosine to zero."""
-    warmup = min(100, max(1, steps // 10))
-    return min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+def health(t: Training, grad_norm: float):
+    """What a person should know about this step, as (kind, sentence)."""
+    for k, counts in enumerate(t.usage):
+        if perplexity(counts) < len(counts) / 10:
+            yield (
+                f"collapse {k}",
+                f"stream {k + 1} uses only {perplexity(counts):.0f} of {len(counts)} codes: the codebook is "
+                "collapsing. Early in a run it recovers by itself; later lower lr in RECIPES, raise --batch, "
+                "or add data.",
+            )
+    if t.disc_accuracy > 0.95:
+        yield (
+            "discriminator",
+            f"the discriminator is right {100 * t.disc_accuracy:.0f} % of the time: it has won, and its "
+            "gradient says little. Start it later (disc_start in RECIPES) or make it smaller (disc_filters).",
+        )
+    if grad_norm > 10 * MAX_GRAD_NORM:
+        yield (
+            "gradient",
+            f"the gradient's norm is {grad_norm:.0f}: training is unstable. Lower lr in RECIPES.",
+        )
 
 
-def health(effective, codes, accuracy, grad_norm):
-    """What a person should know about this step, as sentences."""
-    for k, p in enumerate(effective):
-        if p < codes / 10:
-            yield (f"stream {k + 1} uses only {p:.0f} of {codes} codes: the codebook is collapsing. Early in "
-                   "a run it recovers by itself; later lower lr in RECIPES, raise --batch, or add data.")
-    if accuracy > 0.95:
-        yield (f"the discriminator is right {100 * accuracy:.0f} % of the time: it has won, and its gradient "
-               "says little. Start it later (judge_from in RECIPES) or make it smaller (judge).")
-    if grad_norm > 10 * CLIP:
-        yield f"the gradient's norm is {grad_norm:.0f}: training is unstable. Lower lr in RECIPES."
+# ----------------------------------------------------------------------------------------------------------
 
 
-def make_optimizers(codec, lr):
-    """Muon for the matrices, Adam for the vectors, as a dict.
+def choose_recipe(args, device: torch.device, world_size: int) -> dict:
+    """The recipe of the size, with what the flags say in its place."""
+    args.size = args.size or ("paper" if device.type == "cuda" else "tiny")
+    recipe = dict(RECIPES[args.size])
+    recipe["steps"], recipe["batch"] = args.steps or recipe["steps"], args.batch or recipe["batch"]
+    if recipe["batch"] % world_size:
+        raise D.UserError(
+            f"--batch {recipe['batch']}: cannot be shared by {world_size} processes, type a multiple of that"
+        )
+    return recipe
 
-    Muon (Jordan et al. 2024) takes the same step in all directions of a matrix, be their gradient large or
-    small, scaled to the size of Adam's (arXiv 2502.16982)."""
-    matrices = [p for p in codec.parameters() if p.dim() == 2]
-    vectors = [p for p in codec.parameters() if p.dim() != 2]
-    return {"muon": torch.optim.Muon(matrices, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-            "adam": torch.optim.Adam(vectors, lr, betas=(0.9, 0.99))}
+
+def protect_language_model(out: str, codes_change: bool) -> None:
+    """UserError where a language model in the folder would lose the codec whose codes it learnt."""
+    for name in ("lm.pt", "lm_train.pt"):
+        path = os.path.join(out, name)
+        if codes_change and os.path.exists(path):
+            raise D.UserError(
+                f"{path}: learnt the codes of the codec in {out}, which would be overwritten: "
+                "choose another --out, or move it away first"
+            )
 
 
 def main():
+    """Read the flags, prepare the data, train, evaluate and save now and then."""
     args = get_args()
-    device, rank, world = D.start_processes(args.device)
-    first = rank == 0
-    args.size = args.size or ("paper" if device.type == "cuda" else "tiny")
-    recipe = RECIPES[args.size]
-    steps, batch = args.steps or recipe["steps"], args.batch or recipe["batch"]
+    device, rank, world_size = D.start_processes(args.device)
+    is_main = rank == 0
+    say = tqdm.write if is_main else lambda *_: None
+    recipe = choose_recipe(args, device, world_size)
     config = CodecConfig(args.streams, args.size)
-    path, resume_path, wavs = (f"{args.out}/{name}" for name in ("codec.pt", "codec_train.pt", "codec_wavs"))
-    say = tqdm.write if first else lambda *_: None
-    if batch % world:
-        raise ValueError(f"--batch {batch}: cannot be shared by {world} processes, type a multiple of that")
-    if first:
-        lock = D.lock_folder(args.out)  # noqa: F841 (held until the process ends)
+    path, resume_path, wavs = (
+        os.path.join(args.out, name) for name in ("codec.pt", "codec_train.pt", "codec_wavs")
+    )
+    lock = D.lock_folder(args.out) if is_main else None  # noqa: F841 (held until the process ends)
 
     # Data: random crops come straight from the memory map, a function of seed and step alone.
-    data = D.first_then_all(lambda: D.AudioData(args.data, args.out, args.seed, log=say))
-    held_out, _, _ = data.clips("val", 5 * D.SAMPLE_RATE, limit=80)
+    data = D.first_then_all(lambda: D.AudioData.from_flags(args, log=say))
+    held_out, _ = data.held_out(5 * D.SAMPLE_RATE, limit=80)
     held_out = held_out.to(device)
-    mel = MelLoss().to(device)
-
     if args.eval_only:
         return say(evaluate(Codec.load(path, device), held_out, wavs))
 
-    # Models: the codec, its running average (the one that is kept), and the adversary.
+    # Models and their optimizers.
     torch.manual_seed(args.seed)
-    codec = Codec(config).train()
-    # Copied on the CPU: on a GPU the copy's LSTM would find its weights scattered, and gather them each time.
-    average = copy.deepcopy(codec).eval().requires_grad_(False).to(device)
-    codec = codec.to(device)
-    balancer = Balancer(WEIGHTS).to(device)
-    parameters = list(codec.parameters())
-    optimizers = make_optimizers(codec, recipe["lr"])
-    state = {"codec": codec, "average": average, "balancer": balancer} | optimizers
-    if recipe["judge_from"] < 1:
-        judge = STFTDiscriminator(recipe["judge"]).to(device, memory_format=torch.channels_last)
-        judge_parameters = list(judge.parameters())
-        judge_optimizer = torch.optim.Adam(judge_parameters, JUDGE_LR, betas=(0.5, 0.9))
-        state |= {"judge": judge, "judge_optimizer": judge_optimizer}
-    start, accuracy, judging = 0, 0.5, [recipe["judge_from"], recipe["judge"]]
-    if args.resume:
-        saved = load_checkpoint(resume_path, "nanoaudiogen codec training")
-        if [saved["config"], saved["steps"], saved.get("judging")] != [vars(config), steps, judging]:
-            raise ValueError(f"{resume_path}: was started with other settings ({saved['config']}, --steps "
-                             f"{saved['steps']}, discriminator {saved.get('judging')}): repeat those, or "
-                             "leave out --resume")
-        for name, thing in state.items():
-            thing.load_state_dict(saved[name])
-        start, accuracy = saved["step"], saved["accuracy"]
-        torch.set_rng_state(saved["rng"])
-    log = D.Log(os.path.join(args.out, "codec.csv"), start) if first else None
+    t = Training(config, recipe, device)
+    start = t.load(resume_path, args.steps) if args.resume else 0
+    protect_language_model(args.out, codes_change=start <= t.disc_start)
+    steps, crop = recipe["steps"], int(recipe["seconds"] * D.SAMPLE_RATE)
+    log = D.Log(os.path.join(args.out, "codec.csv"), start) if is_main else None
+    say(
+        f"codec {args.size}, {config.streams} streams of {config.codebook_size} codes, {config.kbps} kbit/s, "
+        f"{sum(p.numel() for p in t.codec.parameters()) / 1e6:.1f} M parameters; {steps} steps of "
+        f"{recipe['batch']} x {recipe['seconds']} s on {device}, "
+        + (
+            f"from step {t.disc_start} on with a discriminator"
+            if t.disc_start < steps
+            else "no discriminator"
+        )
+    )
 
-    def save(step):
-        if first:
-            D.save_atomic(average.checkpoint(), path)
-            training = {"kind": "nanoaudiogen codec training", "config": vars(config), "steps": steps}
-            training |= {"judging": judging, "step": step, "accuracy": accuracy, "rng": torch.get_rng_state()}
-            D.save_atomic(training | {k: thing.state_dict() for k, thing in state.items()}, resume_path)
-
-    crop = int(recipe["seconds"] * D.SAMPLE_RATE)
-    judge_from = max(1, int(recipe["judge_from"] * steps))  # the first step starts the books
-    say(f"codec {args.size}, {config.streams} streams of {config.codes} codes, {config.kbps} kbit/s, "
-        f"{sum(p.numel() for p in parameters) / 1e6:.1f} M parameters; {steps} steps of {batch} x "
-        f"{recipe['seconds']} s on {device}, "
-        + (f"from step {judge_from} on with a discriminator" if judge_from < steps else "no discriminator"))
+    # The loop.
     log_every, eval_every = max(1, steps // 100), max(100, steps // 10)
-    stopper, bad, warned = D.Stopper(), 0, {}
-    clock, clock_step = time.time(), start
-    for step in tqdm(range(start, steps), initial=start, total=steps, disable=not first, smoothing=0.05):
-        wave, _, _ = data.batch(batch, crop, np.random.default_rng((args.seed, step)))
-        wave = wave.chunk(world)[rank].to(device)
-        judged, weights = step >= judge_from, WEIGHTS
-        stage = (step - judge_from, steps - judge_from) if judged else (step, judge_from)
-        for group in (group for optimizer in optimizers.values() for group in optimizer.param_groups):
-            group["lr"] = recipe["lr"] * lr_factor(*stage)
-
-        if not judged:
-            with D.autocast(device):
-                wave_hat, codes, commitment = codec(wave)
-        else:
-            codes, commitment = average.encode(wave), torch.zeros((), device=device)
-            with D.autocast(device):
-                wave_hat = codec.decoder(average.quantizer.decode(codes))[:, :crop, 0].float()
-        losses = {"wave": (wave_hat - wave).abs().mean(), "mel": mel(wave, wave_hat)}
-        if judged:
-            # One forward of D serves both sides; real and decoded clips pass apart, so that what goes back to
-            # the codec does not run through the real half (a third of the time). D hears every clip at the
-            # same loudness (quiet ones would be nothing to it), and what it says counts only as far as it
-            # does better than guessing: a balancer gives a term its full share however meaningless it is.
-            loudness = wave.std(1, keepdim=True) + 1e-3
-            with D.autocast(device):
-                real, real_features = judge(wave / loudness)
-                fake, fake_features = judge(wave_hat / loudness)
-            judge_loss = discriminator_loss(real, fake)
-            gradients = torch.autograd.grad(judge_loss, judge_parameters, retain_graph=True)
-            for p, g in zip(judge_parameters, gradients):
-                p.grad = g
-            hits = sum((r > 0).float().mean() + (f < 0).float().mean() for r, f in zip(real, fake))
-            mean_over_processes([hits], world)  # all must agree on whether D has a say
-            accuracy += 0.02 * (hits.item() / (2 * len(real)) - accuracy)
-            losses["adversarial"] = generator_loss(fake)
-            losses["feature"] = feature_loss(real_features, fake_features)
-            edge = max(0.0, 2 * accuracy - 1)
-            weights = WEIGHTS | {name: WEIGHTS[name] * edge for name in ("adversarial", "feature")}
-        gradient = balancer(losses, weights, wave_hat)
-        codec.zero_grad()
-        ((wave_hat * gradient).sum() + COMMITMENT * commitment).backward()
-        trained = [p for p in parameters if p.grad is not None]
-        mean_over_processes([p.grad for p in trained], world)
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, CLIP)
-
-        bad = D.count_bad(bad, grad_norm, step, resume_path, say)
-        if not bad:
-            for optimizer in optimizers.values():
-                optimizer.step()
-            if judged:
-                mean_over_processes([p.grad for p in judge_parameters], world)
-                judge_optimizer.step()
-            D.update_ema(average.decoder if judged else average, codec.decoder if judged else codec, step)
+    stopper, clock, bad, warned = D.Stopper(), D.Clock(start), 0, {}
+    for step in tqdm(range(start, steps), initial=start, total=steps, disable=not is_main, smoothing=0.05):
+        crops = data.batch(recipe["batch"], crop, np.random.default_rng((args.seed, step)))
+        wave = torch.stack([crop.wave for crop in crops]).chunk(world_size)[rank].to(device)
+        losses, grad_norm, finite = train_step(t, wave, step)
+        bad = 0 if finite else D.count_bad_steps(bad, step, resume_path, say)
 
         done, stopping = step + 1, stopper.asked(device)
         if done % log_every == 0:
-            means = {name: value.detach() for name, value in (losses | {"commitment": commitment}).items()}
-            mean_over_processes(means.values(), world)
-        if done % log_every == 0 and first:
-            # One batch may be all silence: its use of the books is shown, but they are judged over a hundred.
-            _, used = perplexity(codes, config.codes)
-            effective = [effective_codes(book.count) for book in codec.quantizer.books]
-            speed = (done - clock_step) * batch * recipe["seconds"] / (time.time() - clock)
-            clock, clock_step = time.time(), done
-            row = {"step": done} | dict.fromkeys(WEIGHTS, "") | {k: mean.item() for k, mean in means.items()}
-            row |= {"accuracy": accuracy, "grad_norm": grad_norm.item()}
-            row |= {f"perplexity{k}": p for k, p in enumerate(effective)}
-            row |= {f"used{k}": u for k, u in enumerate(used)}
-            log.write([row])
-            terms = " ".join(f"{name} {mean:.3f}" for name, mean in means.items())
-            books = " ".join(f"{p:.0f}" for p in effective)
-            share = " ".join(f"{100 * u:.0f}" for u in used)
-            right = f" | D right {100 * accuracy:.0f} %" if judged else ""
-            minutes = (steps - done) * batch * recipe["seconds"] / speed / 60
-            say(f"{done} {terms} | perplexity {books} | % used {share}{right}"
-                f" | grad {grad_norm.item():.2f} | {speed:.1f} audio-s/s, {minutes:.0f} min left")
-            for sentence in health(effective, config.codes, accuracy, grad_norm):
-                if done - warned.get(sentence[:12], -steps) >= eval_every:
-                    warned[sentence[:12]] = done
+            means = {name: loss.detach().clone() for name, loss in losses.items()}
+            mean_over_processes(list(means.values()))
+        if done % log_every == 0 and is_main:
+            means = {name: mean.item() for name, mean in means.items()}
+            log_step(t, done, means, grad_norm.item(), clock.steps_per_second(done), log, say)
+            for kind, sentence in health(t, grad_norm.item()):
+                if done - warned.get(kind, -steps) >= eval_every:
+                    warned[kind] = done
                     say("! " + sentence)
-        if done % eval_every == 0 or done == steps or stopping:
-            save(done)
+        if (done % eval_every == 0 or done == steps or stopping) and is_main:
+            with clock.paused():
+                D.save_atomic(t.ema.checkpoint(), path)
+                D.save_atomic(t.checkpoint(done), resume_path)
+                if not stopping:
+                    say(evaluate(t.ema, held_out, wavs))
         if stopping:
             return say(f"{stopper.signal}: saved step {done} to {resume_path}; go on with --resume")
-        if (done % eval_every == 0 or done == steps) and first:
-            say(evaluate(average, held_out, wavs))
-    say(f"codec saved to {path}; next: python train_lm.py --streams {config.streams}")
+    data_flags = "" if args.data == [D.SOUNDS] else " --data " + " ".join(map(D.shell_quote, args.data))
+    elsewhere = "" if args.out == "out" else f" --out {D.shell_quote(args.out)}"
+    say(f"codec saved to {path}; next: python train_lm.py --streams {config.streams}{data_flags}{elsewhere}")
 
 
 if __name__ == "__main__":
-    with D.one_line_errors():
+    with D.one_line_errors(CodecError):
         main()
