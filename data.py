@@ -185,16 +185,17 @@ def save_wav(wave: torch.Tensor, path: str):
 
 AUDIO = {".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf"}
 OTHER_MEDIA = {".m4a", ".aac", ".wma", ".mp4", ".webm", ".mkv", ".mov", ".avi"}  # not for libsndfile
-TABLES = (".csv", ".tsv", ".json", ".jsonl", ".csv.gz", ".tsv.gz", ".json.gz", ".jsonl.gz")
-NO_TABLES = {".parquet", ".xlsx", ".xls", ".ods", ".pkl", ".yaml", ".yml", ".tar", ".tgz", ".zip"}
+MEDIA = tuple(AUDIO | OTHER_MEDIA)
+TABLES = {".csv", ".tsv", ".json", ".jsonl"}
+NO_TABLES = {".parquet", ".xlsx", ".xls", ".ods", ".pkl", ".yaml", ".yml", ".tar", ".tgz", ".zip", ".gz"}
 
-# Of several columns of words the first of these decides: captions as they are, else tags as a sentence.
-CAPTION_NAMES = ["(main_)?captions?", ".*captions?.*", "sentences?", "text", "transcri.*", "descriptions?"]
-CAPTION_NAMES += ["prompts?", "summary", "words"]
-CLASS_NAMES = ["category", "class(_name|_string)?|classname", "labels?"]
-TAG_NAMES = ["(common|display)_name", *CLASS_NAMES, ".*(category|class|label).*", "tags?", "keywords?"]
-TAG_NAMES += [".*(event|scene).*", "choice", "name", "species|genre|title"]
-SPLIT_NAMES = r"((data_?|dataset_)?(split|subset|set|partition|fold)s?|is_(train|test|val|valid|eval)\w*)"
+# What columns of words are called, as patterns: of captions as they are, of one class, of tags to be joined.
+# Where several columns hold words, the first pattern decides.
+CAPTIONS = "(main_)?captions?|.*captions?.*|sentences?|text|transcri.*|descriptions?|prompts?|summary|words"
+CLASSES = "category|class|class_name|class_string|classname|labels?"
+TAGS = f"common_name|display_name|{CLASSES}|.*category.*|.*class.*|.*label.*|tags?|keywords?|.*event.*"
+TAGS += "|.*scene.*|choice|name|species|genre|title"
+SPLITS = r"((data_?|dataset_)?(split|subset|set|partition|fold)s?|is_(train|test|val|valid|eval)\w*)"
 SPLIT_WORDS = {"train": "train", "training": "train", "dev": "dev", "development": "dev"}
 SPLIT_WORDS |= dict.fromkeys(["val", "valid", "validation", "validate", "validating"], "val")
 SPLIT_WORDS |= dict.fromkeys(["test", "testing", "eval", "evaluation", "evaluate"], "test")
@@ -202,7 +203,7 @@ SPLIT_WORDS |= dict.fromkeys(["test", "testing", "eval", "evaluation", "evaluate
 STRUCTURE = {"audio", "wav", "wavs", "flac", "mp3", "ogg", "clip", "clips", "sound", "sounds", "data", "raw"}
 STRUCTURE |= {"dataset", "file", "files", "fold", "folder", "subfolder", "recording", "recordings", "samples"}
 
-Flags = collections.namedtuple("Flags", "files words split_column")  # names of columns that the user gave
+csv.field_size_limit(2**31 - 1)  # Python's own limit is shorter than some captions
 
 
 class NoSounds(UserError):
@@ -211,32 +212,56 @@ class NoSounds(UserError):
 
 @dataclass
 class Entry:
+    """A sound and what its source says of it."""
+
     path: str
     captions: list[str]
     split: str = ""  # 'train', 'val', or '': the source does not say
     category: str = ""  # the class of the sound in words, where the source names exactly one
 
 
+Flags = collections.namedtuple("Flags", "files words split")  # columns that the user gave
+
+
 def printable(text: str) -> str:
-    """Names of files may hold bytes that are no text: they are shown as \\udcff."""
+    r"""Names of files may hold bytes that are no text and cannot be printed: these are shown as \udcff."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def listed(names: Iterable[str]) -> str:
+    """Names for an error message, with quotes and commas, as many as one line holds."""
     return textwrap.shorten(", ".join(map(repr, names)), 110, placeholder=" ...")
 
 
+def kind_of(path: str) -> str:
+    """The extension of a file's name in small letters: 'a.WAV' -> '.wav', 'b.csv.gz' -> '.csv'."""
+    name = path.lower()
+    inner = name.removesuffix(".gz")
+    return os.path.splitext(inner if os.path.splitext(inner)[1] in TABLES else name)[1]
+
+
+def stem(name: str) -> str:
+    """A name without its extension, if that is one of sounds or films: other dots belong to the name."""
+    return name[: name.rindex(".")] if name.lower().endswith(MEDIA) else name
+
+
 # Words: what a cell says, and whether that can be a caption.
+
+NO_WORDS = re.compile(
+    r"true|false|nan|none|null|n/a"
+    r"|(/[mgt]/\w+[ ,;]*)+|\w+://\S+|www\.\S+|/\S*|\S+\.[a-z]\w{1,3}"  # ids, addresses, paths, files
+    r"|[0-9a-f-]{16,}|(?-i:(?=[\w-]{11}\Z)(?=.*\d)(?=.*[A-Z]).*[a-z].*)",  # hashes, and YouTube's ids
+    re.IGNORECASE,
+)
+A_WORD = re.compile(r"(?<![^\W_])([^\W\d_]{2,}|[^\W\d_a-zA-Z])(?![^\W_])")  # letters that touch no digit
 
 
 def clean_caption(text: str) -> str:
     """One line of text that no later step stumbles over: no half emojis, control or zero-width characters."""
     text = unicodedata.normalize("NFC", html.unescape(text))
-    if not text.isprintable():
-        for char in set(text):
-            kind = unicodedata.category(char)
-            if kind[0] == "C":
-                text = text.replace(char, " " if kind == "Cc" else "")
+    for char in set(text) if not text.isprintable() else ():
+        if unicodedata.category(char)[0] == "C":
+            text = text.replace(char, " " if unicodedata.category(char) == "Cc" else "")
     return " ".join(text.split())
 
 
@@ -250,16 +275,6 @@ def cell_texts(cell: object) -> list[str]:
         return [text for item in cell if isinstance(item, str) for text in cell_texts(item)]
     text = clean_caption(cell) if isinstance(cell, str) else ""
     return [text] if text else []
-
-
-NOTHING = "nan|none|null|n/a|"  # as pandas and others write an empty cell
-NO_WORDS = re.compile(
-    NOTHING + r"true|false|(/[mgt]/\w+[ ,;]*)+"  # the last are AudioSet's ids
-    r"|\w+://\S+|www\.\S+|/\S*|\S+\.[a-z]\w{1,3}"  # addresses, paths, names of files
-    r"|[0-9a-f-]{16,}|(?-i:(?=[\w-]{11}\Z)(?=.*\d)(?=.*[A-Z]).*[a-z].*)",  # hashes, and YouTube's ids
-    re.IGNORECASE,
-)
-A_WORD = re.compile(r"(?<![^\W_])([^\W\d_]{2,}|[^\W\d_a-zA-Z])(?![^\W_])")  # letters that touch no digit
 
 
 def is_words(text: str) -> bool:
@@ -285,51 +300,52 @@ def split_word(name: str) -> str:
     return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "")
 
 
-def side(word: str, others: Iterable[str]) -> str:
-    """'train', 'val' or '' for a split word. 'dev' validates beside 'train', and trains beside 'test' alone."""
-    if word == "dev":
-        return "val" if "train" in others else "train"
-    return "val" if word == "test" else word
+def sides(names: Iterable[str]) -> dict[str, str]:
+    """{name: 'train', 'val' or ''} for names side by side: values of a column, folders, or files.
+
+    What a 'dev' is depends on the others: it validates beside 'train', and trains beside 'test' alone."""
+    words = {name: split_word(name) for name in names}
+    dev = "val" if "train" in words.values() else "train"
+    return {name: {"test": "val", "dev": dev}.get(word, word) for name, word in words.items()}
 
 
 def column_splits(name: str, cells: list) -> list[str]:
-    """'train', 'val' or '' for each cell of a column. Of numbered folds the last validates, as with ESC-50."""
+    """'train', 'val' or '' for each cell of a column. Of numbered folds the last validates, as in ESC-50."""
     texts = ["" if cell is None else str(cell).strip().lower() for cell in cells]
-    words = {text: split_word(text) for text in set(texts)}
-    splits = {text: side(word, words.values()) for text, word in words.items()}
-    folds = {text: re.fullmatch(r"(?:fold|set|split)?[ _-]?(\d+)(?:\.0)?", text) for text in words}
-    numbers = {text: int(match[1]) for text, match in folds.items() if match}
-    if name.lower().startswith("is_"):  # is_train, is_test: yes or no
-        yes = side(split_word(name), ())
+    splits = sides(set(texts))
+    folds = {text: re.fullmatch(r"(fold|set|split)?[ _-]?(\d+)(\.0)?", text) for text in splits}
+    numbers = {text: int(match[2]) for text, match in folds.items() if match}
+    if family(name).startswith("is_"):  # is_train, is_test: yes or no
+        yes = sides([family(name)])[family(name)]
         splits |= dict.fromkeys(["1", "1.0", "true", "yes"], yes)
         splits |= dict.fromkeys(["0", "0.0", "false", "no"], "val" if yes == "train" else "train")
-    elif len(numbers) > 1 or any(words.values()):
+    elif len(numbers) > 1 or any(splits.values()):
         last = max(numbers.values(), default=0)
         splits |= {text: "val" if number == last else "" for text, number in numbers.items()}
     return [splits[text] for text in texts]
 
 
 def folders_of(path: str) -> list[str]:
-    """'a/b/c.wav' -> ['a', 'a/b']"""
-    parts = path.split("/")[:-1]
-    return ["/".join(parts[: i + 1]) for i in range(len(parts))]
+    """The folders above a file, from the top: 'a/b/c.wav' -> ['a', 'a/b']."""
+    return [path[: slash.start()] for slash in re.finditer("/", path)]
 
 
 def folder_splits(paths: Iterable[str]) -> dict[str, str]:
-    """{folder: 'train' or 'val'} for the folders in relative paths that are splits, and so are their siblings:
-    ESC-50 has a class called 'train', but beside it are other classes."""
-    siblings: dict[str, set] = {}
+    """{folder: 'train' or 'val'} for folders in relative paths that are splits, as their siblings are.
+
+    ESC-50 has a class called 'train', but other classes beside it; another set has 'train horn'."""
+    siblings = collections.defaultdict(set)
     for folder in {folder for path in paths for folder in folders_of(path)}:
-        siblings.setdefault(folder.rpartition("/")[0], set()).add(folder)
-    splits = {}
+        siblings[os.path.dirname(folder)].add(folder)
+    splits: dict[str, str] = {}
     for folders in siblings.values():
-        words = {folder: split_word(os.path.basename(folder)) for folder in folders}
-        exact = {words[folder] for folder in folders if os.path.basename(folder).lower() in SPLIT_WORDS}
-        # Not so are 'train horn' and 'train station'.
-        clear = len(exact) == len(folders) or len(set(words.values())) > 1
-        if (all(words.values()) and clear) or ("train" in exact and len(exact) > 1):
-            splits |= {folder: side(word, words.values()) for folder, word in words.items() if word}
-    return splits
+        said = sides(map(os.path.basename, folders))
+        words = set(map(split_word, said))
+        exact = {split_word(name) for name in said if name.lower() in SPLIT_WORDS}
+        all_splits = "" not in words and (len(words) > 1 or len(said) == 1 and exact)
+        if all_splits or ("train" in exact and len(exact) > 1):
+            splits |= {folder: said[os.path.basename(folder)] for folder in folders}
+    return {folder: split for folder, split in splits.items() if split}
 
 
 def split_of(path: str, splits: dict[str, str]) -> str:
@@ -341,7 +357,7 @@ def name_split(path: str) -> str:
     """What the name of a source says: of a file always, of a folder if its siblings are splits, too."""
     folder, name = os.path.split(os.path.abspath(path))
     if os.path.isfile(path):
-        return side(split_word(name), map(split_word, os.listdir(folder))) or name_split(folder)
+        return sides(os.listdir(folder))[name] or name_split(folder)
     folders = [f"{entry.name}/" for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."]
     return folder_splits(folders).get(name, "") if len(folders) > 1 else ""
 
@@ -351,25 +367,26 @@ def name_split(path: str) -> str:
 
 @dataclass
 class Table:
-    path: str
-    columns: dict[str, list]  # of equal length: a cell for each row
-    delimiter: str = ""  # '' if it was JSON
-    headless: bool = False  # its columns are called '1', '2', ...
+    """A table by its columns: a cell for each row. A CSV without a header calls them '1', '2', ..."""
 
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values()), []))
+    path: str
+    columns: dict[str, list]
+    delimiter: str = ""  # '' if it was JSON
+
+    def cells(self, name: str) -> list:
+        """A column. UserError: there is none of this name."""
+        if name not in self.columns:
+            raise UserError(f"{self.path}: has no column {name!r}, it has {listed(self.columns)}")
+        return self.columns[name]
 
 
 def read_text(path: str, notes: list) -> str:
-    """The text of a table or of a caption's file, gzipped or not. UserError: it is none, or of what letters?"""
-    kind = os.path.splitext(path.lower())[1]
-    if kind in NO_TABLES:
-        raise UserError(f"{path}: {kind} is not read; unpack an archive and give the folder, save the rest as CSV, for "
-                        "instance with pandas.read_parquet(...).to_csv('clips.csv'), and give that")  # fmt: skip
-    if kind in AUDIO | OTHER_MEDIA:
-        raise UserError(f"{path}: is one recording; give the folder it lies in, or a table")
+    """The text of a table, or of a caption's file. UserError: it is none, or in an unknown encoding."""
+    if kind_of(path) in NO_TABLES or stem(path) != path:
+        advice = "give a folder, or a CSV or JSON table, as by pandas.read_parquet(...).to_csv('clips.csv')"
+        raise UserError(f"{path}: {kind_of(path)} is not read as a table; {advice}")
     try:
-        with (gzip.open if kind == ".gz" else open)(path, "rb") as file:
+        with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as file:
             data = file.read()
     except (EOFError, zlib.error, gzip.BadGzipFile) as why:
         raise UserError(f"{path}: cannot be unpacked ({why}); get this file again") from None
@@ -380,32 +397,30 @@ def read_text(path: str, notes: list) -> str:
         text = data.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError:
         text = data.decode("cp1252", "replace")
-        # Western languages have few letters beyond ASCII. If many are, it is another alphabet.
-        letters = [char for char in text if char.isalpha()]
-        if wide or 3 * sum(not char.isascii() for char in letters) > len(letters):
+        plain = [char.isascii() for char in text if char.isalpha()]
+        if wide or 3 * sum(plain) < 2 * len(plain):  # no Western language has so few plain letters
             raise UserError(f"{path}: its letters are in an unknown encoding; save it as UTF-8") from None
         notes.append(("", f"{path}: is not UTF-8; its letters are read as Windows-1252"))
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_table(path: str, notes: list) -> Table:
-    """A CSV, TSV or JSON table, gzipped or not. UserError: it is none, has no rows, or is damaged."""
+    """A CSV, TSV or JSON table. UserError: it is none, has no rows, or is damaged."""
     text = read_text(path, notes)
     try:
-        table = json_table(path, text) if text.lstrip()[:1] in ("{", "[") else csv_table(path, text)
+        table = json_table(path, text) if text.lstrip()[:1] in ("[", "{") else csv_table(path, text)
     except csv.Error as why:
         raise UserError(f"{path}: {why}; close that quote, or double it inside a cell") from None
     except (json.JSONDecodeError, RecursionError) as why:
         raise UserError(f"{path}: is no JSON ({why}); expected a list of objects, or one a line") from None
-    if len(table) == 0:
+    if not any(table.columns.values()):
         raise UserError(f"{path}: holds no usable row; expected a column of files and one of captions")
     return table
 
 
-def csv_rows(text: str, delimiter: str, strict: bool, quoting: int = csv.QUOTE_MINIMAL) -> list[list[str]]:
-    csv.field_size_limit(2**31 - 1)
-    lines = io.StringIO(text, newline="")
-    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, skipinitialspace=True, strict=strict)
+def csv_rows(text: str, delimiter: str, **options) -> list[list[str]]:
+    """Lines of text as rows of cells. csv.Error: a quote is not closed."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, **options)
     try:
         return [row for row in reader if row]
     except csv.Error as why:
@@ -413,116 +428,115 @@ def csv_rows(text: str, delimiter: str, strict: bool, quoting: int = csv.QUOTE_M
 
 
 def csv_table(path: str, text: str) -> Table:
-    """Lines of text as a table, with or without comments above, with or without a header. UserError: a row has
-    more cells than the header."""
-    comments = re.match(r"((#|sep=).*\n|\n)*", text)[0]
+    """Lines of text as a table, with or without comments above, with or without a header.
+
+    csv.Error: a quote is not closed; UserError: see `even_rows`."""
+    comments = re.match(r"(sep=.*\n)?((#.*)?\n)*", text)[0]
     text = text[len(comments) :]
     head = "\n".join(text.split("\n", 200)[:200])
 
-    def fit(delimiter: str) -> float:  # the share of lines with as many cells as the first
-        widths = [len(row) for row in csv_rows(head, delimiter, strict=False)]
+    def evenness(delimiter: str) -> float:  # the share of lines with as many cells as the first
+        widths = [len(row) for row in csv_rows(head, delimiter)]
         return widths.count(widths[0]) / len(widths) if widths and widths[0] > 1 else 0
 
-    delimiter = max(",\t;|", key=fit)
+    delimiter = max(",\t;|", key=evenness)
     try:
         rows = csv_rows(text, delimiter, strict=True)
     except csv.Error:
         if delimiter in ",;":
             raise
-        rows = csv_rows(text, delimiter, True, csv.QUOTE_NONE)  # between tabs a quote is often just a quote
-    above = csv_rows(comments.strip("\n").rpartition("\n")[2].lstrip("# "), delimiter, strict=False)
-    if rows and above and not comments.startswith("sep=") and len(above[0]) == len(rows[0]) > 1:
+        rows = csv_rows(text, delimiter, quoting=csv.QUOTE_NONE)  # between tabs a quote is often just a quote
+    above = csv_rows(comments.rpartition("#")[2].strip() if "#" in comments else "", delimiter)
+    if rows and above and len(above[0]) == len(rows[0]) > 1:
         rows = above + rows  # AudioSet's header is its last comment
-    if headless := looks_headless(rows[:50]):
-        widths = collections.Counter(map(len, rows))
-        rows.insert(0, [str(i + 1) for i in range(max(widths, key=lambda width: (widths[width], -width)))])
+    if looks_headless(rows[:50]):  # its columns are called '1', '2', ..., as many as most rows have
+        widths = collections.Counter(sorted(map(len, rows)))
+        rows.insert(0, [str(i + 1) for i in range(widths.most_common(1)[0][0])])
+    columns: dict[str, list] = {}
+    for name, *cells in zip(*even_rows(path, rows, delimiter)):
+        name = clean_caption(name)
+        columns[f"{name}_{len(columns)}" if name in columns else name] = cells
+    return Table(path, columns, delimiter)
+
+
+def looks_headless(rows: list[list[str]]) -> bool:
+    """Is the first row data already? Then it holds a number, a file, a sentence, or an id as below."""
+    below = {re.sub(r"\d", "0", cell) for row in rows[1:] for cell in row}
+    for i, cell in enumerate(rows[0] if rows else []):
+        shape = re.sub(r"\d", "0", cell)
+        number = re.fullmatch(r"-?0+(\.0+)?", shape) and cell != str(i)  # pandas numbers nameless columns
+        if number or stem(cell) != cell or len(cell) > 60 or (shape in below and shape != cell != str(i)):
+            return True
+    return False
+
+
+def even_rows(path: str, rows: list[list[str]], delimiter: str) -> list[list[str]]:
+    """The rows with as many cells as the header. UserError: one has more, as by a comma without quotes."""
     width = len(rows[0]) if rows else 0
     for number, row in enumerate(rows):
         while len(row) > width and not row[-1]:
             row.pop()
         if len(row) > width > 2:
-            raise UserError(f"{path}: row {number} has {len(row)} cells, expected {width} ({' | '.join(row)[:80]}); "
-                            f"put quotes around cells that contain {delimiter!r}")  # fmt: skip
+            what = f"row {number} has {len(row)} cells, expected {width} ({' | '.join(row)[:80]})"
+            raise UserError(f"{path}: {what}; put quotes around cells that contain {delimiter!r}")
         if len(row) > width:  # a caption with unquoted commas
             row[width - 1 :] = [f"{delimiter} ".join(row[width - 1 :])]
         row += [""] * (width - len(row))
-    columns: dict[str, list] = {}
-    for name, *cells in zip(*rows):
-        name = clean_caption(name)
-        columns[f"{name}_{len(columns)}" if name in columns else name] = cells
-    return Table(path, columns, delimiter, headless)
-
-
-def looks_headless(rows: list[list[str]]) -> bool:
-    """Is the first row data already? Then it holds a number, a file, a sentence, or an id like those below."""
-    if not rows or rows[0] == [str(i) for i in range(len(rows[0]))]:  # pandas numbers nameless columns
-        return False
-    shapes = {re.sub(r"\d", "0", cell) for row in rows[1:] for cell in row}
-    for cell in rows[0]:
-        alike = re.search(r"\d", cell) and re.sub(r"\d", "0", cell) in shapes
-        if alike or re.fullmatch(r"-?\d+(\.\d+)?", cell) or stem(cell) != cell or len(cell) > 60:
-            return True
-    return False
+    return rows
 
 
 def json_table(path: str, text: str) -> Table:
+    """JSON, or JSON lines, as a table. JSONDecodeError: it is neither; UserError: see `json_rows`."""
     try:
         data = json.loads(text)
     except json.JSONDecodeError as why:
         if "Extra data" not in why.msg:
             raise
         data = [json.loads(line) for line in text.split("\n") if line.strip()]  # one object a line
-    rows = [flat(row) for row in json_rows(path, data)]
+    return rows_table(path, json_rows(path, data))
+
+
+def rows_table(path: str, rows: list[dict]) -> Table:
+    """Rows as a table; {'audio': {'path': 'a.wav'}} fills a column called audio.path."""
+
+    def flat(row: dict, above: str = "") -> dict:
+        cells: dict = {}
+        for name, cell in row.items():
+            cells |= flat(cell, f"{above}{name}.") if isinstance(cell, dict) else {above + name: cell}
+        return cells
+
+    rows = [flat(row) for row in rows]
     names = dict.fromkeys(name for row in rows for name in row)
     return Table(path, {name: [row.get(name) for row in rows] for name in names})
 
 
-def flat(row: dict, above: str = "") -> dict:
-    """{'audio': {'path': 'a.wav'}} -> {'audio.path': 'a.wav'}"""
-    cells: dict = {}
-    for name, cell in row.items():
-        cells |= flat(cell, f"{above}{name}.") if isinstance(cell, dict) else {f"{above}{name}": cell}
-    return cells
-
-
 def json_rows(path: str, data: list | dict) -> list[dict]:
-    """The rows in JSON of any shape: a list, or a list under any key, by split, by file, or by column."""
+    """The rows in JSON of any shape. UserError: there are several tables, or it is keyed by column."""
     if isinstance(data, list):
-        rows = []
-        for row in data:
-            cells = row if isinstance(row, list) else [row]
-            rows.append(row if isinstance(row, dict) else {str(i): cell for i, cell in enumerate(cells, 1)})
-        return rows
-    lists = {key: x for key, x in data.items() if isinstance(x, list) and dict in map(type, x[:1])}
-    dicts = {key: x for key, x in data.items() if isinstance(x, dict)}
-    parts, cells = lists or dicts, list(data.values())
-    first = next(iter(parts.values()), None)
-    if parts and all(map(split_word, parts)):
-        return [{**row, "split": key} for key, part in parts.items() for row in json_rows(path, part)]
-    if len(lists) > 1:
-        raise UserError(f"{path}: holds several tables ({listed(lists)}); save the one of files and captions")
-    if first and len(parts) == 1 and (lists or all(isinstance(row, dict) for row in first.values())):
-        return json_rows(path, first)
-    if dicts and len(dicts) == len(data):
-        numbered = all(key.isdecimal() and set(part) == set(cells[0]) for part in cells for key in part)
-        if numbered:  # pandas writes {'path': {'0': 'a.wav'}}
-            return [{name: column[key] for name, column in data.items()} for key in cells[0]]
-        return [{"key": key, **row} for key, row in dicts.items()]
-    named = all(stem(key) != key or re.search(r"\d", key) for key in data)
-    if named and all(isinstance(cell, (str, list)) for cell in cells):
-        return [{"key": key, "caption": cell} for key, cell in data.items()]
-    if all(isinstance(column, list) and len(column) == len(cells[0]) for column in cells):
-        return [dict(zip(data, row)) for row in zip(*cells)]
-    return [data]
+        return [row if isinstance(row, dict) else {} for row in data]
+    tables = {}  # what lies below a key and is a list or a dictionary of rows
+    for key, part in data.items():
+        inner = list(part.values()) if isinstance(part, dict) else part
+        if isinstance(inner, list) and inner and all(isinstance(row, dict) for row in inner):
+            tables[key] = part
+    if len(tables) > 1 and not all(map(split_word, tables)):
+        raise UserError(f"{path}: holds several tables ({listed(tables)}); save the one with captions")
+    rows = []
+    for key, part in tables.items():  # {'version': 1, 'clips': [rows]}, or {'train': [rows], 'test': [rows]}
+        rows += [row | ({"split": key} if split_word(key) else {}) for row in json_rows(path, part)]
+    kinds = set() if tables else set(map(type, data.values()))
+    if kinds == {dict}:  # {'a.wav': row, 'b.wav': row}
+        rows = [{"key": key} | row for key, row in data.items()]
+        if all(name.isdecimal() for row in data.values() for name in row):
+            raise UserError(f"{path}: is keyed by column; save it as CSV, or as a list of rows")
+    elif kinds and kinds <= {str, list} and all(stem(key) != key for key in data):  # {'a.wav': 'rain falls'}
+        rows = [{"key": key, "caption": cell} for key, cell in data.items()]
+    elif kinds == {list} and len(set(map(len, data.values()))) == 1:  # {'path': [cells], 'caption': [cells]}
+        rows = [dict(zip(data, cells)) for cells in zip(*data.values())]
+    return rows or [data]
 
 
-# Sounds: one walk of a folder, an index of what it holds, and what of that a column names.
-
-
-def stem(name: str) -> str:
-    """A name without its extension, if that is one of sounds or films: other dots belong to the name."""
-    base, kind = os.path.splitext(name)
-    return base if kind.lower() in AUDIO or kind.lower() in OTHER_MEDIA else name
+# Sounds: one walk of a folder, and an index of what it holds by name.
 
 
 def name_key(name: str) -> str:
@@ -540,25 +554,23 @@ CLIP_NAME = re.compile(
 
 
 class Sounds:
-    """Sounds below a folder, by their relative paths with /, and what else lies there."""
+    """The sounds below a folder, by their paths relative to it with /, and the other files there."""
 
-    def __init__(self, root: str, paths: list[str], others: list[str]):
-        self.root, self.paths, self.others = root, paths, others
-        self.sizes = collections.Counter(path.rpartition("/")[0] for path in paths)  # of the folders
-        self.index: dict[str, list[str]] = {}
-        for path in paths:
-            key = name_key(path.rpartition("/")[2])
+    def __init__(self, root: str, files: Iterable[str]):
+        files = sorted(path.replace(os.sep, "/") for path in files)
+        files = [path for path in files if not os.path.basename(path).startswith(".")]  # macOS: ._a.wav
+        self.root = root
+        self.paths = [path for path in files if kind_of(path) in AUDIO]
+        self.others = [path for path in files if kind_of(path) not in AUDIO]
+        self.sizes = collections.Counter(map(os.path.dirname, self.paths))  # of the folders
+        self.index = collections.defaultdict(list)  # {name: [path, ...]}
+        self.clips = collections.defaultdict(list)  # {the id that a name begins with: [(path, second), ...]}
+        for path in self.paths:
+            key = name_key(os.path.basename(path))
             for one in {key, key.casefold()}:
-                self.index.setdefault(one, []).append(path)
-
-    @functools.cached_property
-    def clips(self) -> dict[str, list[tuple[str, str]]]:
-        """Of each id that a name begins with, the sounds, and the second of a film at which they begin."""
-        clips: dict[str, list[tuple[str, str]]] = {}
-        for key, paths in self.index.items():
+                self.index[one].append(path)
             if match := CLIP_NAME.fullmatch(key):
-                clips.setdefault(match["id"] or match["number"], []).append((paths[0], match["start"]))
-        return clips
+                self.clips[match["id"] or match["number"]].append((path, match["start"]))
 
     def find(self, name: str, table: Table, i: int) -> list[str]:
         """The sounds of this name. Of clips from one film, row i of the table holds where they begin."""
@@ -566,37 +578,37 @@ class Sounds:
         for one in (key, key.casefold(), "Y" + key):  # AudioCaps puts a Y before each id on disk
             if one in self.index:
                 return self.index[one]
-        found = []
-        for path, start in self.clips.get(key, []):
-            cells = (str(column[i]).strip() for column in table.columns.values())
-            numbers = {float(cell) for cell in cells if re.fullmatch(r"\d+(\.\d+)?", cell)}
-            if not start or not numbers or {float(start), float(start) / 1000} & numbers:
-                found.append(path)
-        return found
+        clips = self.clips.get(key, [])
+        cells = [str(column[i]).strip() for column in table.columns.values()] if clips else []
+        numbers = {float(cell) for cell in cells if re.fullmatch(r"\d+(\.\d+)?", cell)}
+        seconds = numbers | {1000 * number for number in numbers}  # some names give milliseconds
+        return [path for path, start in clips if not (start and numbers) or float(start) in seconds]
 
     def share(self, paths: set[str]) -> float:
         """The share that these sounds are of all in their folders."""
-        return len(paths) / sum(self.sizes[folder] for folder in {path.rpartition("/")[0] for path in paths})
+        return len(paths) / sum(self.sizes[folder] for folder in set(map(os.path.dirname, paths)))
 
 
-def walk(root: str, only: Iterable[str] | None = None) -> Sounds:
-    """All that lies in a folder and below, or all that lies in `only` some folders of it."""
-    paths, others, visited = [], [], set()
-    there = [os.path.join(root, folder) for folder in only or []]
-    looks = [(folder, [], os.listdir(folder)) for folder in there if os.path.isdir(folder)]
-    for where, below, names in os.walk(root, followlinks=True) if only is None else looks:
-        real = os.path.realpath(where)
-        if real in visited:  # a link to a folder above would lead in circles
+def walk(root: str) -> Sounds:
+    """All that lies in a folder and below."""
+    files, visited = [], set()
+    for where, below, names in os.walk(root, followlinks=True):
+        if os.path.realpath(where) in visited:  # a link to a folder above would lead in circles
             below.clear()
             continue
-        visited.add(real)
+        visited.add(os.path.realpath(where))
         below[:] = sorted(name for name in below if not name.startswith((".", "__MACOSX")))
-        folder = os.path.relpath(where, root).replace(os.sep, "/")
-        for name in sorted(names):
-            if not name.startswith("."):  # macOS puts a ._a.wav beside a.wav, which is no sound
-                kept = paths if os.path.splitext(name)[1].lower() in AUDIO else others
-                kept.append(name if folder == "." else f"{folder}/{name}")
-    return Sounds(root, paths, others)
+        files += [os.path.relpath(os.path.join(where, name), root) for name in names]
+    return Sounds(root, files)
+
+
+def look(root: str, folders: set[str]) -> Sounds:
+    """All that lies in these folders of `root`, and not below them."""
+    found = [glob.glob(os.path.join(glob.escape(os.path.join(root, folder)), "*")) for folder in folders]
+    return Sounds(root, [path.removeprefix(os.path.join(root, "")) for path in itertools.chain(*found)])
+
+
+# A match: the column of a table that names sounds, and which.
 
 
 @dataclass
@@ -606,13 +618,13 @@ class Match:
     column: str
     sounds: Sounds
     paths: list[str]  # for each row, relative to the folder of the sounds; '' where there is none
-    exact: int  # how many rows give the name with its extension
-    distinct: int  # how many sounds are named
-    certain: bool  # or do a few names agree by chance?
+    exact: int = 0  # how many rows give the name with its extension
+    distinct: int = 0  # how many sounds are named
+    certain: bool = True  # or do a few names agree by chance?
 
 
 def split_path(cell: object) -> tuple[str, str]:
-    """The folder and the name in a cell, ('', '') if it is no name. Addresses and backslashes are understood."""
+    r"""The folder and the name in a cell, also of an address or with \; ('', '') if it is no name."""
     if isinstance(cell, float) and cell.is_integer():
         cell = int(cell)
     if not isinstance(cell, (str, int)) or isinstance(cell, bool):
@@ -627,302 +639,276 @@ def split_path(cell: object) -> tuple[str, str]:
 Place = tuple[int, str, str]  # how many folders of a cell are ignored, the base below which it is right, path
 
 
-def places_of(cell: tuple[str, str], table: Table, i: int, sounds: Sounds) -> tuple[Place, ...]:
-    """Where the sound in a cell of row i may be. If there is a sounds/dog/1.wav, 'x/dog/1' may mean that: one
-    folder of the cell is ignored, and its base is sounds."""
+def places_of(cell: tuple[str, str], table: Table, i: int, sounds: Sounds) -> list[Place]:
+    """Where the sound in a cell (folder, name) of row i may be, with as few folders ignored as possible.
+
+    If there is a sounds/dog/1.wav, 'x/dog/1' may mean it: the folder x is ignored, the base is sounds."""
     folder, name = cell
-    paths = sounds.find(name, table, i) if name else []
-    if not folder:
-        return tuple([(0, path.rpartition("/")[0], path) for path in paths])
-    wanted, places = folder.split("/"), []
-    for path in paths:
+    wanted, places = folder.split("/") if folder else [], []
+    for path in sounds.find(name, table, i) if name else []:
         there = path.split("/")[:-1]
-        pairs = zip(reversed(wanted), reversed(there))
-        same = len(list(itertools.takewhile(lambda pair: name_key(pair[0]) == name_key(pair[1]), pairs)))
+        same = 0
+        for ours, theirs in zip(reversed(wanted), reversed(there)):
+            if name_key(ours) != name_key(theirs):
+                break
+            same += 1
         places.append((len(wanted) - same, "/".join(there[: len(there) - same]), path))
-    least = min((ignored for ignored, _, _ in places), default=0)
-    return tuple(place for place in places if place[0] == least)
+    return [place for place in places if place[0] == min(places)[0]]
 
 
-def below_one_base(table: Table, places: list[tuple], sounds: Sounds) -> list[list[str]]:
-    """For each row those of its places that lie where the table's sounds do: in the folder that a column
-    names, else below one base for all rows. So a missing file is never taken from a neighbour's folder.
-    UserError: two folders hold the same names."""
+def below_one_base(table: Table, places: list[list[Place]], sounds: Sounds) -> list[list[Place]]:
+    """For each row its places below one base for the whole table, or below several full of its sounds.
+
+    So a missing file is never taken from a neighbour's folder. UserError: a name is in two of them."""
     used = collections.defaultdict(set)
-    for place in places:
-        for _, base, path in place:
-            used[base].add(path)
-
-    def plain(cell: object) -> str:  # fold 5 is fold5/
-        return re.sub(r"^fold[_ -]*|\.0$", "", str(cell).lower().rpartition("/")[2]).replace(" ", "_")
-
-    for cells in table.columns.values() if len(used) > 1 else []:
-        fitting = [[path for _, base, path in place if plain(base) == plain(cell)]
-                   for cell, place in zip(cells, places)]  # fmt: skip
-        if sum(map(bool, fitting)) > 0.9 * sum(map(bool, places)):
-            return fitting
+    for _, base, path in itertools.chain(*places):
+        used[base].add(path)
     said = split_word(os.path.basename(table.path))
     words = {base: split_word(" ".join(reversed(base.split("/")))) for base in used}
-    # What is called train.csv has nothing in a folder called test.
-    ranked = [base for base in used if not said or words[base] in ("", said)]
-    ranked.sort(key=lambda base: (words[base] == said, len(used[base]), base == ""), reverse=True)
-    share = {base: sounds.share(used[base]) for base in ranked}
-    kept = [base for base in ranked if share[base] >= 0.8 * share[ranked[0]]]  # they may lie in many folders
-    both = kept[:2] if len(kept) > 1 and kept[0] and len(used[kept[0]]) == len(used[kept[1]]) else []
-    rank, result = {base: i for i, base in enumerate(kept)}, []
-    for place in places:
-        bases = {base for _, base, _ in place}
-        if both and bases.issuperset(both):
-            raise UserError(f"{table.path}: its sounds lie in {both[0]!r} and in {both[1]!r} of {sounds.root}; "
-                            "write these folders into the column of files")  # fmt: skip
-        best = min([rank[base] for base in bases if base in rank], default=-1)
-        result.append([path for _, base, path in place if rank.get(base) == best])
+    if said:  # what is called train.csv has nothing in a folder called test
+        best = said if said in words.values() else ""
+        used = {base: paths for base, paths in used.items() if words[base] == best}
+    share = {base: sounds.share(paths) for base, paths in used.items()}
+    kept = {base for base in used if share[base] >= 0.8 * max(share.values())}
+    result = []
+    for row in places:
+        bases = sorted({base for _, base, _ in row if base in kept})
+        if len(bases) > 1 and bases[0]:
+            where = f"one lies in {bases[0]!r} and in {bases[1]!r} of {sounds.root}"
+            raise UserError(f"{table.path}: of its sounds {where}; write folders into the column of files")
+        result.append([place for place in row if place[1] in bases[:1]])
     return result
 
 
 def match_column(table: Table, column: str, sounds: Sounds) -> Match | None:
     """Which sounds a column names; None: not one. Errors: `below_one_base`."""
-    few = 100 * len(sounds.paths) < len(table)  # then a sample may miss them
-    sample = range(0, len(table), 1 if few else max(1, len(table) // 1000))
     cells = table.columns[column]
-    if not sounds.paths or not any(places_of(split_path(cells[i]), table, i, sounds) for i in sample):
+    step = max(1, min(len(cells) // 1000, len(sounds.paths) // 10))  # often enough to meet one of the sounds
+    sample = range(0, len(cells), step) if sounds.paths else []
+    if not any(places_of(split_path(cells[i]), table, i, sounds) for i in sample):
         return None
     cells = list(map(split_path, cells))
     places = [places_of(cell, table, i, sounds) for i, cell in enumerate(cells)]
-    ignored = sorted(place[0][0] for place in places if place)
-    usual = ignored[len(ignored) // 2]  # of all rows as many folders are ignored as the usual one needs
-    places = [place if place and place[0][0] <= usual else () for place in places]
+    # A row that has to ignore more folders than usual would find its sound in a neighbour's folder.
+    ignored = sorted(row[0][0] for row in places if row)
+    places = [row if row and row[0][0] <= ignored[len(ignored) // 2] else [] for row in places]
     paths, exact = [], 0
-    for (_, name), fitting in zip(cells, below_one_base(table, places, sounds)):
-        same = [path for path in fitting if path.rpartition("/")[2] == name]
+    for (_, name), row in zip(cells, below_one_base(table, places, sounds)):
+        same = [path for _, _, path in row if os.path.basename(path) == name]
         exact += len(same) > 0
-        paths.append((same or fitting or [""])[0])
+        paths.append(same[0] if same else row[0][2] if row else "")
     found = set(paths) - {""}
-    if not found:
-        return None
-    certain = 2 * sum(map(bool, paths)) >= sum(bool(name) for _, name in cells)  # most rows have their sound
-    if not all(stem(os.path.basename(path)).isdecimal() for path in found):  # or, but for mere numbers, most
-        certain |= sounds.share(found) >= 0.5  # sounds that lie there have a row
-    return Match(column, sounds, paths, exact, len(found), certain)
+    # It is no chance if most rows have their sound or, but for mere numbers, most sounds there have a row.
+    certain = 2 * sum(map(bool, paths)) >= sum(bool(name) for _, name in cells)
+    if found and not all(stem(os.path.basename(path)).isdecimal() for path in found):
+        certain |= sounds.share(found) >= 0.5
+    return Match(column, sounds, paths, exact, len(found), certain) if found else None
 
 
 def likely_folders(table: Table, written: set[str]) -> Iterator[Sounds]:
-    """Where the sounds may lie: at paths as they are written, below the table's folder, below the two above."""
-    here = os.path.dirname(os.path.abspath(table.path))
-    folders = {(path.startswith("/"), split_path(path)[0]) for path in written}
-    yield walk("/", [folder for absolute, folder in folders if absolute])
-    own = walk(here)
-    yield own
-    yield walk(os.getcwd(), [folder for _, folder in folders])
-    home = os.path.expanduser("~") + "/"
-    for root in (os.path.dirname(here), os.path.dirname(os.path.dirname(here))):
-        # If it has sounds, those further up belong to a neighbour. Never walk a whole disk, nor all of a home.
-        if own.paths or home.startswith(root.rstrip("/") + "/"):
+    """Where the sounds may lie: at paths as written, below the table's folder, below the two above it."""
+    root = os.path.dirname(os.path.abspath(table.path))
+    yield look("/", {split_path(path)[0] for path in written if path.startswith("/")})
+    sounds = walk(root)
+    yield sounds
+    yield look(os.getcwd(), {split_path(path)[0] for path in written})
+    for _ in range(2):
+        root = os.path.dirname(root)
+        # If it has sounds, those further up are a neighbour's. Never walk a whole disk, nor all of a home.
+        if sounds.paths or os.path.join(os.path.expanduser("~"), "").startswith(os.path.join(root, "")):
             return
-        own = walk(root)
-        yield own
+        sounds = walk(root)
+        yield sounds
 
 
 def find_files(table: Table, files: str | None) -> Match:
-    """The column that names sounds, and which. UserError: there is none, or two disagree, or it may be chance."""
-    names, kinds = [files] if files else list(table.columns), tuple(AUDIO | OTHER_MEDIA)
-    written = {name: {cell for cell in table.columns[name] if isinstance(cell, str) and cell.lower().endswith(kinds)}
-               for name in names}  # fmt: skip
-    most_written, paths = max(map(len, written.values())), set().union(*written.values())
+    """The column that names sounds, or `files` if given. NoSounds: none does; UserError: two disagree."""
+    names, written = [files] if files else list(table.columns), []
+    for name in names:
+        written.append({cell for cell in table.cells(name) if isinstance(cell, str) and stem(cell) != cell})
+    most, paths = max(map(len, written)), set().union(*written)
     hint = f", such as {min(paths)!r}" if paths else ""
     for sounds in likely_folders(table, paths):
-        matches = []
-        for name in names:
-            match = match_column(table, name, sounds)
-            # Beside a column of file names, one whose few cells happen to be names of sounds is not it.
-            if match and (match.exact or len(set(map(str, table.columns[name]))) >= most_written):
-                matches.append(match)
+        matches = [match for name in names if (match := match_column(table, name, sounds))]
+        # Beside a column of file names, one whose few cells happen to be names of sounds is not it.
+        matches = [m for m in matches if m.exact or len(set(map(str, table.columns[m.column]))) >= most]
         sure = [match for match in matches if match.certain or files]
-        most = max((match.distinct for match in sure), default=0)
-        sure = [match for match in sure if 2 * match.distinct > most]
-        sure.sort(key=lambda match: (match.exact, match.distinct), reverse=True)
-        for other in sure[1:]:
-            differ = any(a and b and a != b for a, b in zip(sure[0].paths, other.paths))
-            if differ and (other.exact, other.distinct) == (sure[0].exact, sure[0].distinct):
-                raise UserError(f"{table.path}: columns {sure[0].column!r} and {other.column!r} both name sounds, "
-                                "but not the same; say which with --files COLUMN")  # fmt: skip
         if sure:
-            return sure[0]
+            return best_match(table, sure)
         if matches:
             hint = f", but for a few in {matches[0].column!r} (--files {matches[0].column} if it is right)"
-        elif any(os.path.splitext(path)[1].lower() in OTHER_MEDIA for path in sounds.others):
+        elif any(kind_of(path) in OTHER_MEDIA for path in sounds.others):
             hint = ": there are .m4a or films, which ffmpeg -i X.m4a X.wav makes readable"
-    raise NoSounds(f"{table.path}: no column names sounds that exist, of {listed(names)}{hint}; put the table "
-                   "beside its sounds, or write their paths into it")  # fmt: skip
+    what = f"no column names sounds that exist, of {listed(names)}{hint}"
+    raise NoSounds(f"{table.path}: {what}; put the table beside its sounds, or write their paths into it")
+
+
+def best_match(table: Table, matches: list[Match]) -> Match:
+    """The match that names most sounds as they are written. UserError: another names as many, but others."""
+    most = max(match.distinct for match in matches)
+    matches = [match for match in matches if 2 * match.distinct > most]
+    matches.sort(key=lambda match: (match.exact, match.distinct), reverse=True)
+    best = matches[0]
+    for other in matches[1:]:
+        differ = any(a and b and a != b for a, b in zip(best.paths, other.paths))
+        if differ and (other.exact, other.distinct) == (best.exact, best.distinct):
+            what = f"columns {best.column!r} and {other.column!r} both name sounds, but not the same"
+            raise UserError(f"{table.path}: {what}; say which with --files COLUMN")
+    return best
 
 
 # Which columns hold words and splits.
 
 
 def family(name: str) -> str:
-    """'Caption-2' and 'captions[2]' are one family of columns each, 'caption' and 'captions'."""
-    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
-    return re.sub(r"[\W_]+", "_", re.sub(r"[\W_\d]+$", "", name)).strip("_")
+    """'Caption-2' and 'caption[1]' are of one family, 'caption'; 'isTrain' and 'is_train' of another."""
+    return re.sub(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])", "_", name).strip("_").lower()
 
 
 def holds_words(cells: list) -> bool:
     """Are most cells of a column words, and not just a numbering such as clip_1, clip_2?"""
     texts = [text for cell in cells[:: max(1, len(cells) // 1000)] for text in cell_texts(cell)]
-    texts = [text for text in texts if text.lower() not in NOTHING.split("|")]
+    texts = [text for text in texts if text.lower() not in ("nan", "none", "null", "n/a")]
     kinds = {re.sub(r"\d+", "", text) for text in texts}
     numbering = len(kinds) == 1 < len(set(texts)) and " " not in texts[0]
     return texts != [] and not numbering and 2 * sum(map(is_words, texts)) >= len(texts)
 
 
 def find_words(table: Table, taken: set) -> tuple[list[str], list[str]]:
-    """The columns of captions, and those of tags for rows without one, best first; none if no column holds
-    words. UserError: several do, and nothing says which."""
+    """The columns of captions, and those of tags for rows without one, best first; ([], []): there are none.
+
+    UserError: several columns hold words, and nothing says which."""
     names = [name for name in table.columns if name not in taken and holds_words(table.columns[name])]
-    ranked: list[tuple[bool, list[str]]] = []
-    for pattern in CAPTION_NAMES + TAG_NAMES:
-        found = [name for name in names if re.fullmatch(pattern, family(name))]
-        names = [name for name in names if name not in found]
-        if len(set(map(family, found))) > 1 and not ranked:
-            names, ranked = found, []
-            break
-        if found:
-            ranked.append((pattern in CAPTION_NAMES, found))
-    tags = [name for is_caption, found in ranked if not is_caption for name in found]
-    if ranked:
-        return (ranked[0][1], tags) if ranked[0][0] else ([], tags)
-    rows = list(zip(*(table.columns[name] for name in names)))
-    twice = table.headless and 2 * sum(len(set(map(str, row))) == 1 for row in rows) >= len(rows)
-    if len(names) > 1 and not twice:  # as LJSpeech has each sentence, the second time with numbers in words
-        raise UserError(f"{table.path}: columns {listed(names)} all hold words; choose with --words COLUMN")
-    sentences = any(" " in str(cell) for row in rows for cell in row)
-    return (names, []) if sentences else ([], names)
+    patterns, rank = f"{CAPTIONS}|{TAGS}".split("|"), {}
+    for name in names:
+        fitting = [i for i, pattern in enumerate(patterns) if re.fullmatch(pattern, family(name))]
+        rank[name] = min(fitting, default=len(patterns))
+    names.sort(key=rank.get)
+    best = [name for name in names if rank[name] == rank[names[0]]]
+    rows = list(zip(*(table.columns[name] for name in best)))
+    first_tag, known = len(CAPTIONS.split("|")), bool(best) and rank[best[0]] < len(patterns)
+    ambiguous = len(best) > 1 and not (known and len(set(map(family, best))) == 1)
+    # LJSpeech has each sentence twice, the second time with numbers in words.
+    if ambiguous and 2 * sum(len(set(map(str, row))) == 1 for row in rows) < len(rows):
+        raise UserError(f"{table.path}: columns {listed(best)} all hold words; choose with --words COLUMN")
+    if not known:
+        return (best, []) if any(" " in str(cell) for row in rows for cell in row) else ([], best)
+    tags = [name for name in names if first_tag <= rank[name] < len(patterns)]
+    return ([] if best[0] in tags else best), tags
 
 
 def find_splits(table: Table, taken: set) -> str:
-    """The column that says what trains and what validates, or ''. Words count for more than numbers of folds."""
+    """The column that says what trains and validates, or ''. Words count for more than numbered folds."""
     found = ""
     for name, cells in table.columns.items():
-        named = re.fullmatch(SPLIT_NAMES, family(name))
-        plain = all(str(cell or "train").strip().lower() in SPLIT_WORDS for cell in cells)
-        if name in taken or not (named or plain):
-            continue
         values = {str(cell).strip().lower() for cell in cells if cell}
-        if not named and len(values) < (1 if table.headless else 2):
-            continue
-        useful = name == "split" or any(column_splits(name, cells))
-        if useful and (not found or any(map(split_word, values))):
+        # Whatever a column is called, if it holds 'train' and 'test' and nothing else, it is one; also if it
+        # holds 'test' alone. ('train' alone may be what sounds.)
+        sides_named = {SPLIT_WORDS.get(value, "") for value in values}
+        plain = "" not in sides_named and sides_named - {"train", "dev"}
+        named = name == "split" or (re.fullmatch(SPLITS, family(name)) and any(column_splits(name, cells)))
+        if name not in taken and (plain or named) and (not found or any(map(split_word, values))):
             found = name
     return found
 
 
-# The entries of a table.
+# Entries: what the rows of a table say of its sounds.
 
 
 def row_captions(table: Table, i: int, captions: list[str], tags: list[str]) -> list[str]:
     """The captions of row i; if it has none, its first tags as one sentence."""
-    texts = [text for name in captions for text in cell_texts(table.columns[name][i]) if is_words(text)]
+    texts = [text for name in captions for text in cell_texts(table.cells(name)[i]) if is_words(text)]
     if texts:
         return list(dict.fromkeys(text if " " in text else text.replace("_", " ") for text in texts))
     words = ([text for text in cell_texts(table.columns[name][i]) if is_words(text)] for name in tags)
     return list(filter(None, map(pseudo_sentence, words)))[:1]
 
 
-def class_column(table: Table) -> str:
-    """The column that gives exactly one class for each row, or ''."""
-    for pattern in CLASS_NAMES:
-        for name, cells in table.columns.items():
-            named = re.fullmatch(pattern, family(name)) and holds_words(cells)
-            if named and not any(re.search(r"[,;\[]", str(cell)) for cell in cells):
-                return name
-    return ""
-
-
-def refuse_moments(table: Table, match: Match):
-    """UserError: several rows tell of moments in one file, so that none is about the whole sound."""
+def check_rows(table: Table, match: Match):
+    """UserError: rows are about moments in files, or were swallowed by a quote that is not closed."""
     for name, cells in table.columns.items():
-        if re.search("onset|offset|start|begin|end|stop", family(name)):
-            first: dict[str, object] = {}
-            if any(path and first.setdefault(path, cell) != cell for path, cell in zip(match.paths, cells)):
-                raise UserError(f"{table.path}: its rows are about moments in the files (column {name!r}); expected one "
-                                "caption for a whole sound: cut them there, or drop that column")  # fmt: skip
-
-
-def refuse_swallowed(table: Table, match: Match):
-    """UserError: a quote that is not closed has made other rows a part of one cell."""
+        times = re.search("onset|offset|start|begin|end|stop", family(name))
+        if times and len(set(zip(match.paths, map(str, cells)))) > len(set(match.paths)):
+            what = f"its rows are about moments in the files (column {name!r}), not about whole sounds"
+            raise UserError(f"{table.path}: {what}; cut the files there, or drop that column")
     place = list(table.columns).index(match.column)
-    cells = [cell for cells in table.columns.values() for cell in cells if table.delimiter and "\n" in cell]
-    for line in [line for cell in cells for line in cell.split("\n")[1:]]:
-        name = split_path((line.split(table.delimiter) + [""] * place)[place])[1]
-        if stem(name) != name or name_key(name) in match.sounds.index:
-            raise UserError(f"{table.path}: a quote is not closed before the row of {name!r}; close it")
+    for cell in itertools.chain(*table.columns.values()) if table.delimiter else []:
+        for line in cell.split("\n")[1:] if "\n" in cell else []:
+            name = split_path((line.split(table.delimiter) + [""] * place)[place])[1]
+            if stem(name) != name or name_key(name) in match.sounds.index:
+                raise UserError(f"{table.path}: a quote is not closed before the row of {name!r}; close it")
 
 
 def table_entries(path: str, flags: Flags, notes: list) -> list[Entry]:
-    """The entries of a table. UserError: it cannot be understood. What is left out, and why, goes to notes."""
+    """The entries of a table; what is left out, and why, goes to notes. UserError: it makes no sense."""
     table = read_table(path, notes)
-    said = [name.strip() for name in (flags.words or "").split(",") if name]
-    for name in filter(None, [flags.files, flags.split_column, *said]):
-        if name not in table.columns:
-            raise UserError(f"{path}: has no column {name!r}, it has {listed(table.columns)}")
     match = find_files(table, flags.files)
-    refuse_swallowed(table, match)
-    refuse_moments(table, match)
-    split_name = flags.split_column or find_splits(table, {match.column, *said})
-    captions, tags = (said, []) if said else find_words(table, {match.column, split_name})
-    beside = {} if captions or tags else sidecars(match.sounds, set(match.paths), notes)
-    if not (captions or tags or beside):
-        raise UserError(f"{path}: no column holds words, of {listed(table.columns)}; choose with --words COLUMN "
-                        "(the names of ids such as /m/0abc are in class_labels_indices.csv)")  # fmt: skip
-    if split_name:
-        splits = column_splits(split_name, table.columns[split_name])
+    check_rows(table, match)
+    return join_rows(table, match, flags, notes)
+
+
+def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Entry]:
+    """An entry for each sound, which several rows may caption. UserError: no words, or wrong `flags`."""
+    split = flags.split or find_splits(table, {match.column, *flags.words})
+    if split:
+        splits = column_splits(split, table.cells(split))
     else:
-        by_folder, by_name = folder_splits(filter(None, match.paths)), name_split(path)
+        by_folder, by_name = folder_splits(match.paths), name_split(table.path)
         splits = [by_name or split_of(sound, by_folder) for sound in match.paths]
-    if flags.split_column and not any(splits):
-        raise UserError(f"{path}: column {split_name!r} has no train, val or test, and no folds")
-    classes = table.columns.get(class_column(table)) or [""] * len(table)
+    if flags.split and not any(splits):
+        raise UserError(f"{table.path}: column {split!r} has no train, val or test, and no folds")
+    names, words = listed(table.columns), table
+    captions, tags = (flags.words, []) if flags.words else find_words(table, {match.column, split})
+    if not (captions or tags):
+        words = beside_table(match.sounds, match.paths, notes)
+        captions, tags = find_words(words, set())
+    if not (captions or tags):
+        what = f"no column holds words, of {names}; choose with --words COLUMN"
+        raise UserError(f"{table.path}: {what} (class_labels_indices.csv names ids such as /m/0a)")
+    classes = [name for name in captions + tags if re.fullmatch(CLASSES, family(name))]
     entries: dict[str, Entry] = {}
-    for i, (sound, split) in enumerate(zip(match.paths, splits)):
-        full = os.path.join(match.sounds.root, sound)
-        if not sound:
-            notes.append(("no such sound", str(table.columns[match.column][i])))
-        elif not (texts := beside.get(sound) or row_captions(table, i, captions, tags)):
-            notes.append(("no words", full))
-        else:  # several rows may caption one sound
-            entry = entries.setdefault(full, Entry(full, [], split, pseudo_sentence(classes[i])))
-            entry.captions += [text for text in texts if text not in entry.captions]
+    for i, sound in enumerate(match.paths):
+        path, texts = os.path.join(match.sounds.root, sound), row_captions(words, i, captions, tags)
+        if not sound or not texts:
+            cell = table.columns[match.column][i]
+            notes.append(("no words", path) if sound else ("no such sound", str(cell)))
+            continue
+        if path not in entries:
+            category = str(words.columns[classes[0]][i] or "") if classes else ""
+            category = "" if re.search(r"[,;\[]", category) else pseudo_sentence(category)  # they are several
+            entries[path] = Entry(path, [], splits[i], category)
+        known = entries[path].captions
+        known += [text for text in texts if text not in known]
     if not entries:
-        raise UserError(f"{path}: no usable row among {len(table)}: none has a sound and words")
-    where = os.path.commonpath([os.path.dirname(full) for full in entries])
-    words = listed(captions or tags[:1]) if captions or tags else "the files beside them"
-    told = repr(split_name) if split_name else "names" if any(splits) else "nothing"
-    where = f"{match.column!r} in {where}"
-    notes.append(("", f"{path}: files from {where}, words from {words}, splits from {told}"))
+        raise UserError(f"{table.path}: no usable row among {len(splits)}: none has a sound and words")
+    where = f"{match.column!r} in {os.path.commonpath(list(map(os.path.dirname, entries)))}"
+    told = repr(split) if split else "names" if any(splits) else "nothing"
+    said = f"files from {where}, words from {listed(captions or tags[:1])}, splits from {told}"
+    notes.append(("", f"{words.path}: {said}"))
     return list(entries.values())
 
 
 # Folders: words beside each sound, a table inside, or folders that are classes.
 
+METADATA = re.compile(r"(^|/)metadata\.\w+$")  # Hugging Face: a table of the folder that it lies in
 
-def sidecars(sounds: Sounds, wanted: Iterable[str], notes: list) -> dict[str, list[str]]:
-    """{sound: captions} where a .txt (a caption a line) or .json of the same name lies beside the sound."""
-    captions, rows, others = {}, [], set(sounds.others)
-    for path in filter(None, wanted):
-        base = os.path.join(sounds.root, stem(path))
+
+def beside_table(sounds: Sounds, paths: list[str], notes: list) -> Table:
+    """A row for each sound: what a .txt (a caption a line) or .json of its name says that lies beside it."""
+    rows, others = [], set(sounds.others)
+    for path in paths:
+        base, row = os.path.join(sounds.root, stem(path)), {"path": path}
         try:
             lines = read_text(base + ".txt", notes).split("\n") if stem(path) + ".txt" in others else []
             moments = any(re.match(r"[\d.]+\t[\d.]+\t", line) for line in lines)  # Audacity's labels
-            if not moments:
-                captions[path] = [text for line in lines if is_words(text := clean_caption(line))]
-            if stem(path) + ".json" in others and not captions.get(path):
-                rows.append({"path": path, **flat(json.loads(read_text(base + ".json", notes)))})
-        except (UserError, json.JSONDecodeError, AttributeError) as why:
+            if any(lines) and not moments:
+                row["caption"] = lines
+            elif stem(path) + ".json" in others:
+                row |= json.loads(read_text(base + ".json", notes))
+        except (UserError, ValueError, TypeError) as why:
             notes.append(("the text beside it cannot be read", f"{path} ({why})"))
-    names = dict.fromkeys(name for row in rows for name in row)
-    table = Table(f"{sounds.root}/*.json", {name: [row.get(name) for row in rows] for name in names})
-    columns = find_words(table, {"path"}) if rows else ([], [])
-    captions |= {row["path"]: row_captions(table, i, *columns) for i, row in enumerate(rows)}
-    return {path: texts for path, texts in captions.items() if texts}
+        rows.append(row)
+    return rows_table(os.path.join(sounds.root, ""), rows)
 
 
 def class_of(path: str, splits: dict[str, str]) -> str:
@@ -936,86 +922,74 @@ def class_of(path: str, splits: dict[str, str]) -> str:
 
 
 def tables_entries(folder: str, tables: list[str], flags: Flags, notes: list) -> list[Entry]:
-    """The entries of those tables in a folder that name sounds: of one, or of a table for each split, or of
-    all that are called metadata. UserError: there are others, or one cannot be understood."""
+    """The entries of those tables in a folder that name sounds: of one, or of a table for each split.
+
+    UserError: there are others, or one cannot be understood."""
     read: dict[str, list[Entry]] = {}
     for path in tables:
         with contextlib.suppress(NoSounds):  # it is about something else
-            own: list = []
-            read[path] = table_entries(os.path.join(folder, path), flags, own)
-            notes += own
+            read[path] = table_entries(os.path.join(folder, path), flags, notes)
     words = set(map(split_word, read))
-    official = all(os.path.basename(path).startswith("metadata.") for path in read)
-    if len(read) > 1 and not official and ("" in words or len(words) < len(read)):
+    if len(read) > 1 and not all(map(METADATA.search, read)) and ("" in words or len(words) < len(read)):
         raise UserError(f"{folder}: holds {len(read)} tables of sounds, {listed(read)}; give one of them")
     return [entry for entries in read.values() for entry in entries]
 
 
-def listed_splits(sounds: Sounds, notes: list) -> dict[str, str]:
-    """{sound: 'train' or 'val'} from lists of sounds such as the testing_list.txt of Speech Commands."""
-    splits: dict[str, str] = {}
-    for path in sounds.others:
-        if split_word(os.path.basename(path)) and path.endswith(".txt"):
-            lines = read_text(os.path.join(sounds.root, path), notes).split()
-            if lines and set(lines) <= set(sounds.paths):
-                splits |= dict.fromkeys(lines, side(split_word(os.path.basename(path)), ()))
-    return splits
-
-
 def folder_entries(folder: str, flags: Flags, notes: list) -> list[Entry]:
-    """The entries of a folder. Words beside the sounds and tables count for more than names of folders."""
+    """The entries of a folder. Words beside the sounds and tables count for more than names of folders.
+
+    UserError: it has no words, or some that cannot be read."""
     sounds = walk(folder)
+    match = Match("path", sounds, sounds.paths)
     described = set(map(stem, sounds.paths))
-    tables = [path for path in sounds.others if path.lower().endswith(TABLES)]
-    tables = [path for path in tables if path.rpartition(".")[0] not in described]
-    metadata = [path for path in tables if os.path.basename(path).startswith("metadata.")]
-    beside = {} if metadata else sidecars(sounds, sounds.paths, notes)
-    entries = [] if beside else tables_entries(folder, metadata or tables, flags, notes)
+    others = [path for path in sounds.others if os.path.splitext(path)[0] not in described]
+    tables = [path for path in others if kind_of(path) in TABLES]
+    metadata = [path for path in tables if METADATA.search(path)]
+    beside = beside_table(sounds, sounds.paths, notes)
+    if not metadata and any(find_words(beside, {"path"})):
+        return join_rows(beside, match, flags, notes)
+    entries = tables_entries(folder, metadata or tables, flags, notes)
     if entries:
         return entries
-    splits, lists, by_name = folder_splits(sounds.paths), listed_splits(sounds, notes), name_split(folder)
-    with_words = {os.path.dirname(path) for path in beside}  # there a sound without is no example of a class
-    for path in sounds.paths:
-        category = class_of(path, splits)
-        captions = beside.get(path) or [category]
-        if not captions[0] or (path not in beside and os.path.dirname(path) in with_words):
-            notes.append(("no words", path))
-            continue
-        split = by_name or lists.get(path) or split_of(path, splits)
-        entries.append(Entry(os.path.join(folder, path), captions, split, category))
-    for path in sounds.others:
-        kind = os.path.splitext(path)[1].lower()
-        if kind in OTHER_MEDIA:
-            notes.append(("not read; ffmpeg -i X.m4a X.wav makes it readable", path))
-        if kind in NO_TABLES and (not entries or os.path.basename(path).startswith("metadata.")):
-            read_text(os.path.join(folder, path), notes)  # says what to do with it
-    if not entries:
+    splits = folder_splits(sounds.paths)
+    classes = [class_of(path, splits) for path in sounds.paths]
+    check_others(folder, others, any(classes), notes)
+    if not any(classes):
         above = glob.escape(os.path.dirname(folder))
         near = glob.glob(f"{above}/*") + glob.glob(f"{above}/*/*")
-        near = [path for path in near if path.lower().endswith(TABLES)]
-        raise UserError(f"{folder}: no usable sound among {len(sounds.paths)}; expected clip.txt beside clip.wav, "
-                        f"folders named by class, or a table{f': give {min(near)}?' if near else ''}")  # fmt: skip
-    words = f"the texts beside {len(beside)} sounds" if beside else "the names of folders"
-    told = "names" if any(entry.split for entry in entries) else "nothing"
-    notes.append(("", f"{folder}: words from {words}, splits from {told}"))
-    return entries
+        hint = min((f": give {path}?" for path in near if kind_of(path) in TABLES), default="")
+        what = f"no usable sound among {len(classes)}; expected clip.txt beside clip.wav, folders of classes"
+        raise UserError(f"{folder}: {what}, or a table{hint}")
+    notes.append(("", f"{folder}: it has no table and no texts, so the names of folders are categories"))
+    return join_rows(Table(folder, {"path": sounds.paths, "category": classes}), match, flags, notes)
 
 
-def read_entries(source: str, log: Callable = print, files: str | None = None, words: str | None = None,
-                 split_column: str | None = None) -> list[Entry]:  # fmt: skip
-    """What a table or folder holds, with every guess and all that is left out told to `log`. The names of
-    columns overrule guesses. UserError: it cannot be understood; FileNotFoundError: it is not there."""
+def check_others(folder: str, others: list[str], usable: bool, notes: list):
+    """UserError: these files beside the sounds would say more than the names of folders, but are not read."""
+    for path in others:
+        if kind_of(path) in OTHER_MEDIA:
+            notes.append(("not read; ffmpeg -i X.m4a X.wav makes it readable", path))
+        if kind_of(path) in NO_TABLES and (not usable or METADATA.search(path)):
+            read_text(os.path.join(folder, path), notes)  # says what to do with it
+        if kind_of(path) == ".txt" and split_word(os.path.basename(path)):  # testing_list.txt
+            raise UserError(f"{folder}: {path} seems to list a split; save a table of path, label and split")
+
+
+def read_entries(source, log=print, files=None, words=None, split_column=None) -> list[Entry]:
+    """What a table or folder holds; every guess and all that is left out is told to `log`.
+
+    Names of columns overrule guesses. UserError: it cannot be understood, or is not there."""
     if not os.path.exists(source):
         raise UserError(f"{source}: does not exist; expected a table or a folder")
     understand = folder_entries if os.path.isdir(source) else table_entries
+    said = [name.strip() for name in (words or "").split(",") if name]
     notes: list[tuple[str, str]] = []  # (why something is left out, or '', and what)
-    gc.disable()  # a long table is many small objects and no cycles: looking for these takes a third of the time
+    gc.disable()  # a long table is many small objects and no cycles: to look for these takes long
     try:
-        entries = understand(os.path.abspath(source), Flags(files, words, split_column), notes)
+        entries = understand(os.path.abspath(source), Flags(files, said, split_column), notes)
     finally:
         gc.enable()
-    left_out = collections.Counter(why for why, _ in notes)
-    for reason in sorted(left_out):
+    for reason in sorted({why for why, _ in notes}):
         lines = [f"  {what}" if reason else what for why, what in notes if why == reason]
         if reason:
             log(f"{source}: left out {len(lines)}: {reason}")
@@ -1458,6 +1432,9 @@ def one_line_errors(*kinds: type[Exception]):
         return
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whoever read the output has gone away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (UserError, *kinds) as error:
         text = " ".join(str(error).split())
     except (MemoryError, RuntimeError) as error:
@@ -1604,6 +1581,17 @@ def start_processes(device_name: str) -> tuple[torch.device, int, int]:
     return device, dist.get_rank(), world_size
 
 
+def mean_over_processes(tensors) -> None:
+    """Replace each tensor by its mean over all processes, in place."""
+    if not dist.is_initialized():
+        return
+    flat = torch.cat([x.flatten() for x in tensors])
+    dist.all_reduce(flat)
+    parts = (flat / dist.get_world_size()).split([x.numel() for x in tensors])
+    for x, mean in zip(tensors, parts):
+        x.copy_(mean.view_as(x))
+
+
 def first_then_all(make: Callable):
     """make() in process 0 and only then in the others, which find on disk what it prepared.
 
@@ -1702,40 +1690,33 @@ class Log:
 
 
 def save_entries(entries: list[Entry], path: str):
-    """A plain table that `read_entries` reads back as these entries: what cannot be guessed is mended there."""
-    folder = os.path.dirname(os.path.abspath(path))
+    """A plain table that `read_entries` reads back: what no one can guess is mended there."""
+    folder = os.path.join(os.path.dirname(os.path.abspath(path)), "")
     most = max(len(entry.captions) for entry in entries)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "category", "split", *(f"caption_{i + 1}" for i in range(most))])
         for entry in entries:
-            inside = entry.path.startswith(os.path.join(folder, ""))
-            name = os.path.relpath(entry.path, folder) if inside else entry.path
-            if not name.isprintable():
-                name = name_key(name) + os.path.splitext(name)[1]
-            captions = entry.captions + [""] * (most - len(entry.captions))
-            writer.writerow([name, entry.category, entry.split, *captions])
+            name = entry.path.removeprefix(folder)
+            if not name.isprintable():  # bytes that are no text: by this name it is found, too
+                name = name_key(name) + kind_of(name)
+            writer.writerow([name, entry.category, entry.split, *entry.captions])
 
 
 def show_entries(entries: list[Entry]):
     """Print the clips of each split, hours, the commonest and the longest captions, and five pairs."""
     captions = collections.Counter(caption for entry in entries for caption in entry.captions)
     splits = collections.Counter(entry.split or "not said" for entry in entries)
-    print(f"{len(entries)} clips ({', '.join(f'{n} {split}' for split, n in sorted(splits.items()))}), "
-          f"{captions.total()} captions, {len(captions)} of them distinct")  # fmt: skip
-    sample = entries[:: -(-len(entries) // 2000)]
-    seconds, broken = 0.0, []
+    told = ", ".join(f"{n} {split}" for split, n in sorted(splits.items()))
+    print(f"{len(entries)} clips ({told}), {captions.total()} captions, {len(captions)} of them distinct")
+    sample, seconds, broken = entries[:: -(-len(entries) // 2000)], 0.0, []
     for entry in sample:
         try:
             seconds += soundfile.info(os.fsencode(entry.path)).duration
         except (RuntimeError, OSError) as why:
-            broken.append(f"  {why}")
-    if len(sample) < len(entries):
-        print(
-            f"about {seconds / len(sample) * len(entries) / 3600:.1f} hours, as {len(sample)} of them have it"
-        )
-    else:
-        print(f"{seconds / 3600:.2f} hours")
+            broken.append(printable(f"  {why}"))
+    hours = seconds / 3600 * len(entries) / len(sample)
+    print(f"{hours:.2f} hours" + (f", as {len(sample)} clips have it" if len(sample) < len(entries) else ""))
     if broken:
         print(f"{len(broken)} of these cannot be opened:", *broken[:10], sep="\n")
     print("commonest captions:", *(f"  {n:6} {caption}" for caption, n in captions.most_common(10)), sep="\n")

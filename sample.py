@@ -222,7 +222,7 @@ def write_stream(pieces, target: str):
 
     Whoever listens may go away: the sound is made to its end all the same."""
     waves = []
-    with contextlib.ExitStack() as stack:
+    with contextlib.suppress(BrokenPipeError), contextlib.ExitStack() as stack:
         file = sys.stdout.buffer if target == "-" else stack.enter_context(open(target, "wb"))
         with contextlib.suppress(BrokenPipeError):
             file.write(wav_header(2**32))

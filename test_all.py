@@ -9,12 +9,15 @@ import contextlib
 import copy
 import csv
 import errno
+import gzip
 import inspect
 import io
 import itertools
+import json
 import math
 import os
 import pickle
+import random
 import re
 import runpy
 import shlex
@@ -167,6 +170,228 @@ def test_a_loud_sound_is_saved_turned_down_and_not_clipped(gain, peak, tmp_path)
 
 # ----------------------------------------------------------------------------------------------------------
 # data.py: tables and folders
+
+
+def lay_out(folder, sounds, files):
+    for path in [*sounds, *files]:
+        os.makedirs((folder / path).parent, exist_ok=True)
+    for path in sounds:
+        kind = path.rpartition(".")[2].upper()
+        kind = {"OGA": "OGG", "WAVE": "WAV", "AIFC": "AIFF"}.get(kind, kind)
+        soundfile.write(os.fsencode(folder / path), 0.3 * np.ones(160), 16000, format=kind)
+    for path, text in files.items():
+        (folder / path).write_bytes(text if isinstance(text, bytes) else text.encode(errors="replace"))
+
+
+def read(folder, sounds, texts, source="t.csv", **flags):
+    """({sound: captions}, {sound: split}, log) of a source; `texts` may be that of t.csv alone."""
+    lay_out(folder, sounds, texts if isinstance(texts, dict) else {"t.csv": texts})
+    log = []
+    entries = D.read_entries(str(folder / source), log.append, **flags)
+    captions = {os.path.relpath(entry.path, folder): entry.captions for entry in entries}
+    return captions, dict(zip(captions, [entry.split for entry in entries])), "\n".join(log)
+
+
+def refusal(*args, **flags):
+    with raises(D.UserError) as error:
+        read(*args, **flags)
+    assert len(str(error.value)) <= 300 and "\n" not in str(error.value)
+    return str(error.value)
+
+
+TABLES_OF_BOTH = [  # columns of any name, any delimiter, comments, blanks, no header, JSON of any shape
+    "sound_i_recorded,what_you_hear\na.wav,rain falls\nb.wav,wind blows\n",
+    "path\tcaption\ta,b,c\na.wav\train falls\t1\nb.wav\twind blows\t2\n",
+    "a.wav|rain falls\nb.wav|wind blows\n",
+    "# by hand\n\n# path;caption\r\na;rain falls\r\nb;wind blows\r\n",
+    'path, caption\n a.wav, "rain falls"\n b.wav, "wind blows"\n',
+    ",path,caption,id\n0,a.mp4,rain falls,/m/0abc\n1,b.mp4,wind blows,/m/0abd\n2,c.wav,nan,/m/0abe\n",
+    "path,caption\na.wav,rain falls\nb.wav,wind blows\n".encode("utf-16"),
+    '{"path": "a.wav", "caption": "rain falls"}\n{"path": "b.wav", "caption": "wind blows"}',
+    '{"v": 1, "all": [{"path": "a.wav", "text": "rain falls"}, {"path": "b.wav", "text": "wind blows"}]}',
+    '{"path": ["a.wav", "b.wav"], "caption": ["rain falls", "wind blows"]}',
+    '{"a.wav": "rain falls", "b.wav": ["wind blows"]}',
+    '{"a": {"title": "a.wav", "text": "rain falls"}, "b": {"title": "x", "text": "wind blows"}}',
+    '[{"x": {"path": "a.wav"}, "text": "rain falls"}, {"x": {"path": "b.wav"}, "text": "wind blows"}]',
+]
+TABLES_OF_ONE = {  # what is read for a.wav
+    "file,caption\na.wav,rain, then wind\n": ["rain, then wind"],
+    "file,caption\na.wav,\"['it rains', 'drops']\"\n": ["it rains", "drops"],
+    'file,caption\na.wav,"two\nlines, and commas"\n': ["two lines, and commas"],
+    "file,caption\na.wav,rain\u2028&amp; w\u200bind cafe\u0301 \U0001f600\n": [
+        "rain & wind caf\u00e9 \U0001f600"
+    ],
+    "file,caption_1,caption_2\na.wav,rain,drops\na.wav,wind,\n": ["rain", "drops", "wind"],
+    "file,title,description,caption\na.wav,x y,raw text,rain falls\n": ["rain falls"],
+    "file,caption,tags\na.wav,,\"['Rain', 'heavy_drops']\"\n": ["rain heavy drops"],
+    'file,mids,labels\na.wav,"/m/02sgy,/m/0342h","Electric_guitar,Music"\n': ["electric guitar music"],
+    "file,label\na.wav,कुत्ता เสียงน้ำ\n": ["कुत्ता เสียงน้ำ"],
+}
+REFUSED_TABLES = {
+    'path,caption\na.wav,"rain falls\nb.wav,wind blows\n': "quote",
+    'path,caption\na.wav,"rain falls\nb.wav,wind blows"\n': "quote",
+    "path,caption,split\na.wav,rain, and wind,train\nb.wav,wind,test\n": "quotes",
+    "path,positive_labels\na.wav,/m/01b_21\nb.wav,/m/01b_22\n": "class_labels_indices.csv",
+    "path,caption_en,caption_fr\na.wav,rain,la pluie\nb.wav,wind,le vent\n": "--words",
+    "one,two,caption\na.wav,b.wav,rain\nb.wav,a.wav,wind\n": "--files",
+    "path,onset,event\na.wav,0.1,dog\na.wav,0.9,cat\nb.wav,0,dog\n": "moments",
+    '{"audio": [{"file": "a.wav"}], "categories": [{"name": "dog"}]}': "several tables",
+    '{"path": {"0": "a.wav"}, "caption": {"0": "rain falls"}}': "keyed by column",
+    b"PAR1\0\0\0": "not text",
+    "path,caption\na.wav,идёт дождь\nb.wav,ветер дует\n".encode("cp1251"): "UTF-8",
+}
+
+
+@pytest.mark.parametrize("table", [*TABLES_OF_BOTH, *TABLES_OF_ONE, *REFUSED_TABLES])
+def test_a_table_is_read_as_meant_or_refused_with_advice(table, tmp_path):
+    if table in REFUSED_TABLES:
+        assert REFUSED_TABLES[table] in refusal(tmp_path, ["a.wav", "b.wav"], table)
+    else:
+        expected = (
+            {"a.wav": TABLES_OF_ONE[table]}
+            if table in TABLES_OF_ONE
+            else {"a.wav": ["rain falls"], "b.wav": ["wind blows"]}
+        )
+        assert read(tmp_path, sorted(expected), table)[0] == expected
+
+
+def test_flags_overrule_every_guess(tmp_path):
+    table = "one,two,foo,bar,part\na.wav,b.wav,big rain,old dog,fold1\nb.wav,a.wav,low wind,young dog,fold2\n"
+    flags = {"files": "two", "words": "bar", "split_column": "part"}
+    captions, splits, _ = read(tmp_path, ["a.wav", "b.wav"], table, **flags)
+    assert [*captions.items()] == [("b.wav", ["old dog"]), ("a.wav", ["young dog"])]
+    assert [*splits.values()] == ["", "val"]
+    for flag in flags:
+        assert "no column 'x'" in refusal(tmp_path, [], table, **(flags | {flag: "x"}))
+
+
+def test_a_missing_file_is_never_taken_from_elsewhere(tmp_path):
+    here, far = ["data/train/1.wav", "data/train/2.wav"], ["data/test/3.wav", "data/test/4.wav"]
+    for row in ["train/{}.wav", "{}.wav", "{}", "/me/train/{}.flac", "C:\\x\\train\\{}.wav"]:
+        table = "file,caption\n" + "".join(f"{row.format(i)},sound of rain\n" for i in (1, 2, 3))
+        captions, _, log = read(tmp_path, here + far, {"data/train.csv": table}, "data/train.csv")
+        assert sorted(captions) == here and "left out 1: no such sound" in log
+    table = "number,id,caption\n3,r1nicOVtvkQ,rain\n70,UDGBjjwyaqE,wind\n71,3eJ9RynJzP8,dogs\n"
+    assert "number" in refusal(tmp_path / "b", ["o/3.wav", "o/4.wav"], {"c/t.csv": table}, "c/t.csv")
+    sounds = ["x/bed/1.flac", "x/cat/1.flac"]  # folders decide between equal names
+    for table in ["file,label\nbed/1.wav,dog\ncat/1.wav,dog\n", "file,label\nbed/1,dog\ncat/1,dog\n"]:
+        assert sorted(read(tmp_path / "c", sounds, table)[0]) == sounds
+    assert "'x/bed' and in 'x/cat'" in refusal(tmp_path / "c", sounds, "file,text\n1.wav,rain falls\n")
+
+
+NAMES = {
+    "x/YAbc4efgh1jk.wav": "id,start,label\nAbc4efgh1jk,30,",
+    "x/Abc4efgh1jk_000030.wav": "Abc4efgh1jk,30,",
+    "x/[Abc4efgh1jk]-[30-40].wav": "id,s,label\nAbc4efgh1jk,30,",
+    "x/123__me__dog.wav": "id,label\n123,",
+    "x/Dog.WAV": "file,label\ndog.wav,",
+    "x/cafe\u0301.wav": "file,label\ncaf\u00e9.wav,",
+    "x/rec_12:30.oga": "file,label\nrec_12:30.wav,",
+    os.fsdecode(b"x/caf\xe9.wav"): "file,label\ncaf\u00e9.wav,",
+}
+
+
+def test_names_are_found_as_data_sets_and_disks_write_them(tmp_path):
+    for i, (sound, table) in enumerate(NAMES.items()):
+        found = read(tmp_path / str(i), [sound], f"{table}big dog\n".encode("cp1252"))
+        assert found[0] == {sound: ["big dog"]}
+    # Of two clips of one film, the one that begins elsewhere is not taken.
+    table = "id,start,label\nAbc4efgh1jk,30,dog\nXbc4efgh1jk,60,cat\n"
+    found = read(tmp_path / "film", ["x/Abc4efgh1jk_30.wav", "x/Xbc4efgh1jk_90.wav"], table)
+    assert found[0] == {"x/Abc4efgh1jk_30.wav": ["dog"]}
+
+
+SPLITS = """subset training testing train val|Split train-x test-x train val|is_test 0 1 train val|x train
+test train val|partition train valid_set train val|is_train True False train val|fold 1.0 2.0 - val|fold 5 5
+- -|split fold9 fold10 - val|set train dev train val|set dev eval train val|split test test val val"""
+FOLDERS = [
+    ("", ["train/dog/1.wav", "test/dog/1.wav"], ["val", "train"]),
+    ("", ["data/X.dev_audio/dog/1.wav", "data/X.eval_audio/cat/2.wav"], ["train", "val"]),
+    ("", ["train/1.wav", "dog/2.wav"], ["", ""]),  # ESC-50 has a class called train
+    ("", ["train horn/1.wav", "train station/2.wav"], ["", ""]),
+    ("test", ["train/dog/1.wav", "test/dog/1.wav"], ["val"]),
+]
+
+
+def test_splits_are_columns_or_names_of_tables_or_folders_whose_siblings_are_splits(tmp_path):
+    for case in SPLITS.split("|"):
+        column, first, second, *splits = case.split()
+        table = f"path,caption,{column}\na.wav,rain falls,{first}\nb.wav,wind blows,{second}\n"
+        found = read(tmp_path, ["a.wav", "b.wav"], table)[1].values()
+        assert [split or "-" for split in found] == splits
+    for i, (source, sounds, splits) in enumerate(FOLDERS):
+        assert list(read(tmp_path / str(i), sounds, {}, source)[1].values()) == splits
+    files = {"train.csv": "path,caption\na.wav,rain falls\n", "test.csv": "path,caption\nb.wav,wind blows\n"}
+    assert read(tmp_path / "names", ["a.wav", "b.wav"], files, "")[1] == {"a.wav": "train", "b.wav": "val"}
+    assert "table" in refusal(tmp_path / "x", ["yes/1.wav"], {"testing_list.txt": "yes/1.wav\n"}, "")
+
+
+def test_in_a_folder_texts_beat_tables_and_both_beat_names_of_classes(tmp_path):
+    sounds, text = ["dog/a.wav"], {"dog/a.txt": "Rain falls\n\nit rains\n", "t.csv": "f,g\ndog/a.wav,no\n"}
+    assert read(tmp_path, sounds, text, "")[0] == {"dog/a.wav": ["Rain falls", "it rains"]}
+    text = {"dog/a.json": '{"title": "x", "description": "wind blows"}'}
+    assert read(tmp_path / "json", sounds, text, "")[0] == {"dog/a.wav": ["wind blows"]}
+    text = {"metadata.csv": "file_name,text\ndog/a.wav,from the table\n"}
+    assert read(tmp_path, [], text, "")[0] == {"dog/a.wav": ["from the table"]}
+    sounds = ["001 - Dog_bark/audio/1.WAV", "कुत्ता/1.aifc", "train/1.wave", "rain/fold1/2.oga"]
+    files = {"rain/._2.oga": "x", "rain/3.m4a": "x", "001 - Dog_bark/audio/1.txt": "0.0\t1.5\tbark\n"}
+    lay_out(folder := tmp_path / "classes", sounds, files)
+    os.symlink(folder / "train", folder / "loop")
+    captions, _, log = read(folder, [], {}, "")
+    expected = ["dog bark", "rain", "कुत्ता"]  # and "train" or, by the link to it, "loop"
+    assert sorted(caption for [caption] in captions.values() if caption not in ("train", "loop")) == expected
+    assert "ffmpeg" in log and "3.m4a" in log
+    table = {"a/x/y/meta/t.csv": "file,label\n1.wav,dog\n"}
+    assert "give " in refusal(tmp_path, ["a/x/y/audio/1.wav"], table, "a/x/y/audio")
+    assert "no usable sound" in refusal(tmp_path, [], {"b/x/y/1.m4a": "x"}, "b/x/y")
+    assert "parquet" in refusal(tmp_path, ["c/1.wav"], {"c/metadata.parquet": "x"}, "c")
+    for name in ["t.parquet", "t.xlsx", "t.yaml", "t.tar", "t.pkl", "a.m4a", "a.wav"]:
+        assert "give" in refusal(tmp_path, [], {name: "x"}, name)
+
+
+def test_the_command_shows_and_saves_what_is_read_back_identically(tmp_path, monkeypatch, capsys):
+    sounds = ["audio/a.wav", "audio/b.wav", os.fsdecode(b"audio/caf\xe9.wav")]
+    rows = ['a;Dog_bark;test;rain, "falls";wind', "b;cat;train;dogs;", "caf\u00e9;cat;;two;"]
+    lay_out(tmp_path, sounds, {"t.csv": "\n".join(["file;category;split;caption 1;caption 2", *rows])})
+    table, saved = str(tmp_path / "t.csv"), str(tmp_path / "clips.csv")
+    monkeypatch.setattr(sys, "argv", ["data.py", table, "--save", saved])
+    D.main()
+    assert re.search("'file'(.|\n)*3 clips(.|\n)*hours", capsys.readouterr().out)
+    assert D.read_entries(saved, str) == D.read_entries(table, str)
+    monkeypatch.setattr(sys, "argv", ["data.py", table, "--words", "x"])
+    with raises(D.UserError, match="category"):
+        D.main()
+
+
+def test_damaged_tables_end_in_an_error_of_the_user_or_not_at_all(tmp_path):
+    rng = random.Random(0)
+    rows = [{"path": "a.wav", "tags": ["x", {"y": 1}], "text": "rain \u0915"}, {"audio": {"path": "b"}}]
+    texts = ['path,caption,split\na.wav,rain falls,train\nb.wav,"wind, blows",test\n', json.dumps(rows)]
+    texts += ["# x\na|rain\nb|wind\n", json.dumps({"train": {"a": rows[0]}, "n": 1, "b": [[1, "b.wav"]]})]
+    for i in range(300):
+        damaged = list(rng.choice(texts))
+        for _ in range(rng.randrange(1, 8)):
+            at = rng.randrange(len(damaged))
+            damaged[at : at + rng.randrange(4)] = rng.choice([*'",[\n\t\0\ud83d', "{}", "null", "9" * 30])
+        with contextlib.suppress(D.UserError):
+            read(tmp_path, [] if i else ["a.wav", "b.wav"], "".join(damaged))
+
+
+def test_nothing_is_listed_by_the_thousand(tmp_path):
+    lay_out(tmp_path, ["audio/a.wav"], {})
+    for i in range(1000):
+        os.link(tmp_path / "audio/a.wav", tmp_path / f"audio/{i}.wav")
+    table = "id,text\n" + "".join(f"{i % 1500},rain {i}\n" for i in range(9000))
+    captions, _, log = read(tmp_path, [], table)
+    assert len(captions) == 1000
+    assert "left out 3000" in log and "... and 2990 more" in log and log.count("\n") < 15
+
+
+def test_a_table_may_be_gzipped_and_a_damaged_one_says_so(tmp_path):
+    packed = gzip.compress(b"path,caption,phase\na.wav,rain falls,testing\n")
+    captions, splits, _ = read(tmp_path, ["a.wav"], {"t.csv.gz": packed}, "t.csv.gz")
+    assert captions == {"a.wav": ["rain falls"]} and splits == {"a.wav": "val"}  # all rows are for testing
+    assert "cannot be unpacked" in refusal(tmp_path, [], {"b.csv.gz": packed[:30]}, "b.csv.gz")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1750,6 +1975,8 @@ def test_refused(command, words, run, precious, clips, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(D, "SOUNDS", clips)
     monkeypatch.setitem(codec_py.CHANNELS, "tiny", 4)
+    for recipes in (train_codec.RECIPES, train_lm.RECIPES):  # what is not refused is soon over
+        monkeypatch.setitem(recipes["tiny"], "steps", 1)
     script, *flags = shlex.split(command)
     with D.lock_folder("busy"), raises(SystemExit) as stop:
         run(SCRIPTS[f"{script}.py"], *flags)

@@ -19,7 +19,6 @@ import os
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import data as D
@@ -160,7 +159,9 @@ def train_step(t: Training, wave, step: int):
     t.codec.zero_grad()
     ((wave_hat * gradient).sum() + COMMITMENT_WEIGHT * commitment).backward()
     trained = [p for p in t.codec.parameters() if p.grad is not None]
-    mean_over_processes([p.grad for p in trained])
+    D.mean_over_processes(
+        [p.grad for p in trained]
+    )  # DistributedDataParallel cannot: it would not see two backwards
     grad_norm = torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
     t.usage.lerp_(code_counts(codes, t.config.codebook_size), 0.02)
     finite = bool(torch.isfinite(grad_norm))
@@ -168,7 +169,7 @@ def train_step(t: Training, wave, step: int):
         t.muon.step()
         t.adam.step()
         if adversarial:
-            mean_over_processes([p.grad for p in t.disc.parameters()])
+            D.mean_over_processes([p.grad for p in t.disc.parameters()])
             t.disc_adam.step()
         update_ema(t.ema.decoder if adversarial else t.ema, t.codec.decoder if adversarial else t.codec, step)
     return losses | {"commitment": commitment}, grad_norm, finite
@@ -190,7 +191,7 @@ def adversarial_losses(t: Training, wave, wave_hat) -> dict:
         p.grad = g
     right = [(r > 0).float().mean() + (f < 0).float().mean() for r, f in zip(real, fake)]
     accuracy = torch.stack(right).mean() / 2
-    mean_over_processes([accuracy])  # all must agree on how far to trust it
+    D.mean_over_processes([accuracy])  # all must agree on how far to trust it
     t.disc_accuracy += 0.02 * (accuracy.item() - t.disc_accuracy)
     return {"adversarial": generator_loss(fake), "feature": feature_loss(real_features, fake_features)}
 
@@ -201,17 +202,6 @@ def learning_rate(t: Training, step: int) -> float:
     step, steps = step - first, last - first
     warmup = min(100, max(1, steps // 10))
     return t.recipe["lr"] * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def mean_over_processes(tensors) -> None:
-    """In place; by hand, for DistributedDataParallel does not see how the balancer calls backward."""
-    if not dist.is_initialized():
-        return
-    flat = torch.cat([x.flatten() for x in tensors])
-    dist.all_reduce(flat)
-    parts = (flat / dist.get_world_size()).split([x.numel() for x in tensors])
-    for x, mean in zip(tensors, parts):
-        x.copy_(mean.view_as(x))
 
 
 @torch.no_grad()
@@ -371,7 +361,7 @@ def main():
         done, stopping = step + 1, stopper.asked(device)
         if done % log_every == 0:
             means = {name: loss.detach().clone() for name, loss in losses.items()}
-            mean_over_processes(list(means.values()))
+            D.mean_over_processes(list(means.values()))
         if done % log_every == 0 and is_main:
             means = {name: mean.item() for name, mean in means.items()}
             log_step(t, done, means, grad_norm.item(), clock.steps_per_second(done), log, say)
@@ -386,7 +376,9 @@ def main():
                 if not stopping:
                     say(evaluate(t.ema, held_out, wavs))
         if stopping:
-            return say(f"{stopper.signal}: saved step {done} to {resume_path}; go on with --resume")
+            return say(
+                f"{stopper.signal or 'stopped'}: saved step {done} to {resume_path}; go on with --resume"
+            )
     data_flags = "" if args.data == [D.SOUNDS] else " --data " + " ".join(map(D.shell_quote, args.data))
     elsewhere = "" if args.out == "out" else f" --out {D.shell_quote(args.out)}"
     say(f"codec saved to {path}; next: python train_lm.py --streams {config.streams}{data_flags}{elsewhere}")

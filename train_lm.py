@@ -49,7 +49,7 @@ COOLDOWN = 0.3  # share of the run at whose end the learning rate falls to zero
 MIN_LEVEL = 0.2  # a crop must reach this share of its clip's peak, or it lacks what the caption speaks of
 CAPTION_DROPOUT = 0.1  # captions left out in training, so that guidance has something to lean away from
 HISTORY_DROPOUT = 0.1  # clips of which words alone must tell what sounds: words are then learnt sooner
-WRONG_CAPTIONS = 4  # with which the true one is compared at the end
+WRONG_CAPTIONS = 2  # with which the true one is compared at the end
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
 
@@ -493,6 +493,8 @@ def main():
         losses, grad_norm, finite, encoding = train_step(t, data, codec, step, args, timed=logging)
         bad = 0 if finite else D.count_bad_steps(bad, step, resume_path, say)
         stopping = stopper.asked(device)
+        if logging:
+            D.mean_over_processes([losses])
         if logging and is_main:
             log_step(t, done, losses, grad_norm, encoding, clock, log, say)
         if done % eval_every and done < t.steps and not stopping:
@@ -500,7 +502,9 @@ def main():
         with clock.paused():
             t.save(path, resume_path, done)
             if stopping:
-                return say(f"{stopper.signal}: saved step {done} to {resume_path}; go on with --resume")
+                return say(
+                    f"{stopper.signal or 'stopped'}: saved step {done} to {resume_path}; go on with --resume"
+                )
             if is_main:
                 kept = copy.deepcopy(lm).eval()  # not compiled: the shapes of evaluation are others
                 say(as_text(evaluate(kept, t.tokenizer, held_out, final=done == t.steps)))
