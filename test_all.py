@@ -168,6 +168,16 @@ def test_a_loud_sound_is_saved_turned_down_and_not_clipped(gain, peak, tmp_path)
     assert_close(D.load_audio(str(tmp_path / "a.wav")), expected, rtol=0, atol=1e-3)
 
 
+def test_a_file_of_which_only_a_part_can_be_decoded_is_refused(tmp_path):
+    """Two Ogg files in a row are one, by its standard; libsndfile reads the first."""
+    parts = [write_wav(tmp_path / f"{i}.ogg", hiss(20.0, seed=i), format="OGG") for i in range(2)]
+    with open(tmp_path / "joined.ogg", "wb") as file:
+        file.writelines(open(part, "rb").read() for part in parts)  # noqa: SIM115
+    assert len(D.load_audio(parts[0])) == 20 * RATE
+    with raises(D.UserError, match="only its first part can be decoded"):
+        D.load_audio(str(tmp_path / "joined.ogg"))
+
+
 # ----------------------------------------------------------------------------------------------------------
 # data.py: tables and folders
 
