@@ -928,11 +928,20 @@ def class_of(path: str, splits: dict[str, str]) -> str:
 def tables_entries(folder: str, tables: list[str], flags: Flags, notes: list) -> list[Entry]:
     """The entries of those tables in a folder that name sounds: of one, or of a table for each split.
 
-    UserError: there are others, or one cannot be understood."""
+    UserError: there are several, or one is not understood that is alone, or named after a split."""
     read: dict[str, list[Entry]] = {}
+    failed: dict[str, UserError] = {}
     for path in tables:
-        with contextlib.suppress(NoSounds):  # it is about something else
+        try:
             read[path] = table_entries(os.path.join(folder, path), flags, notes)
+        except NoSounds:
+            pass  # it is about something else
+        except UserError as error:
+            failed[path] = error
+    for path, error in failed.items():
+        if not read or split_word(path):
+            raise error
+        notes.append(("not understood, where another table is", f"{path} ({error})"))
     words = set(map(split_word, read))
     if len(read) > 1 and not all(map(METADATA.search, read)) and ("" in words or len(words) < len(read)):
         raise UserError(f"{folder}: holds {len(read)} tables of sounds, {listed(read)}; give one of them")

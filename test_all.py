@@ -387,6 +387,16 @@ def test_damaged_tables_end_in_an_error_of_the_user_or_not_at_all(tmp_path):
             read(tmp_path, [] if i else ["a.wav", "b.wav"], "".join(damaged))
 
 
+def test_a_table_of_credits_beside_the_table_of_captions_is_told_from_it(tmp_path):
+    tables = {
+        "clips.csv": "path,caption\na.wav,rain falls\n",
+        "CREDITS.csv": "path,author,site\na.wav,Ann,Home\n",
+    }
+    tables = {f"s/{name}": text for name, text in tables.items()}
+    captions, _, log = read(tmp_path, ["s/a.wav"], tables, "s")
+    assert captions == {"s/a.wav": ["rain falls"]} and "CREDITS.csv" in log
+
+
 def test_nothing_is_listed_by_the_thousand(tmp_path):
     lay_out(tmp_path, ["audio/a.wav"], {})
     for i in range(1000):
