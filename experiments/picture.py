@@ -1,0 +1,96 @@
+"""Pictures for people: spectrograms with labels, and loss curves. It needs `pip install matplotlib`.
+
+    python experiments/picture.py --out assets/sounds.png
+    python experiments/picture.py --words "dog,rain,bell" --codec out/codec.pt --lm out/lm.pt --out sounds.png
+    python experiments/picture.py --log out/lm.csv out2/lm.csv --out loss.png
+
+The first two draw a column for each word: a real validation clip, the same through the codec, and what the
+words alone make. The third draws every loss of the logs that training writes, one line for each log.
+"""
+
+import csv
+import math
+import os
+import sys
+
+import matplotlib.pyplot as plt
+import torch
+from common import LENGTH, by_category, from_words, prompt, through
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import data as D
+from codec import Codec, CodecError
+from lm import AudioLM, LMError
+from sample import spectrogram
+
+
+def draw_sounds(args) -> None:
+    """The grid of spectrograms: 80 dB, mel scale."""
+    words = [word.strip() for word in args.words.split(",")]
+    codec = Codec.load(args.codec)
+    lm = AudioLM.load(args.lm, codec_hash=codec.hash())
+    data = D.AudioData([args.data], "out")
+    train, val = by_category(data.train, words), by_category(data.val, words)
+    real = torch.stack([D.read_crop((val[word] or train[word])[0], LENGTH) for word in words])
+    prompts = [prompt(train[word]) for word in words]
+    rows = {"real": real, "through the codec": through(codec, real)}
+    rows["from the words alone"] = from_words(lm, codec, prompts, guidance=args.guidance)
+
+    figure, axes = plt.subplots(3, len(words), figsize=(2 * len(words) + 0.7, 5), squeeze=False)
+    khz = [0.5, 1, 2, 4, 8]
+    heights = [63 * math.log1p(f / 0.7) / math.log1p(8 / 0.7) for f in khz]
+    for i, (title, waves) in enumerate(rows.items()):
+        for j, (wave, text) in enumerate(zip(waves, prompts)):
+            picture, axis = spectrogram(wave, 300), axes[i][j]
+            axis.imshow(picture, origin="lower", aspect="auto", cmap="inferno", extent=(0, 5, 0, 63))
+            axis.set_title(f'"{text}"' if i == 0 else "", fontsize=11)
+            axis.set_yticks(heights if j == 0 else [], khz if j == 0 else [])
+            axis.set_xticks(range(6) if i == 2 else [])
+        axes[i][0].set_ylabel(f"{title}\nkHz")
+    axes[-1][0].set_xlabel("seconds")
+    figure.tight_layout(pad=0.5)
+    figure.savefig(args.out, dpi=80)
+
+
+def draw_losses(args) -> None:
+    """One panel for each column whose name has to do with a loss."""
+    logs = {}
+    for path in args.log:
+        with open(path, newline="") as file:
+            logs[path] = list(csv.DictReader(file))
+    left_out = ("step", "grad_norm", "disc_accuracy")
+    rows = [row for log in logs.values() for row in log]
+    names = list(
+        dict.fromkeys(key for row in rows for key in row if key not in left_out and "perpl" not in key)
+    )
+    figure, axes = plt.subplots(1, len(names), figsize=(3.5 * len(names), 3), squeeze=False)
+    for name, axis in zip(names, axes[0]):
+        for path, log in logs.items():
+            points = [(int(row["step"]), float(row[name])) for row in log if row.get(name)]
+            axis.plot(*zip(*points), label=path, linewidth=1) if points else None
+        axis.set_title(name)
+        axis.set_xlabel("steps")
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout(pad=0.5)
+    figure.savefig(args.out, dpi=80)
+
+
+def main():
+    """Read the flags."""
+    parser = D.Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--out", required=True, help="a PNG")
+    add("--log", nargs="+", help="logs (codec.csv or lm.csv) whose losses are drawn instead of sounds")
+    add("--words", default="dog,baby cry,rooster,clock tick,sneeze,sea waves", help="categories")
+    add("--data", default=D.SOUNDS, help="table or folder with the real clips")
+    add("--codec", default="pretrained/codec.pt")
+    add("--lm", default="pretrained/lm.pt")
+    add("--guidance", type=float, default=3.0)
+    args = parser.parse_args()
+    draw_losses(args) if args.log else draw_sounds(args)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    with D.one_line_errors(CodecError, LMError):
+        main()
