@@ -37,7 +37,7 @@ NOISE_FLOOR = 2**-13  # -78 dB, four steps of a 16-bit file: decoded samples are
 
 
 class CodecError(ValueError):
-    """What whoever called can mend: a wrong setting, a file that is not a checkpoint."""
+    """An error that the user can mend: a wrong setting, a file that is not a checkpoint."""
 
 
 @dataclass
@@ -161,7 +161,8 @@ class Decoder(nn.Module):
     def to_wave(self, x):
         """What comes out of the LSTM (B, F, 16 C) to wave (B, F * hop, 1).
 
-        Outside training, samples below the noise floor become silence, which no network can hold exactly."""
+        Outside training all samples are pulled towards 0 by the noise floor, so that silence becomes exactly
+        0, which no network reaches by itself."""
         wave = TYPICAL_RMS * self.up(x)
         return wave if self.training else F.softshrink(wave, NOISE_FLOOR)
 
@@ -177,9 +178,9 @@ class VectorQuantizer(nn.Module):
         embed_sum    = decay * embed_sum    + (1 - decay) * (the sum of these vectors)
         embed        = embed_sum / cluster_size
 
-    The averages are quick at first and slow down to `decay`: a young encoder moves its latents faster than an
-    average over a hundred steps can follow, and the codes are left behind (perplexity after 54 steps 149 of
-    512 instead of 3).
+    The decay starts at 0.1 and grows to `decay` in 891 steps: a young encoder moves its latents faster than
+    an average over a hundred steps can follow. With `decay` from the start the codes are left behind
+    (perplexity after 54 steps 3 of 512, instead of 149).
 
     A code whose cluster_size is below `dead_code_threshold` times the mean is dead, and moves to a random
     vector of the batch. It restarts at twice the threshold: if nothing chooses it there, it is found dead
@@ -288,8 +289,9 @@ class ResidualVQ(nn.Module):
     def forward(self, z, update: bool = True):
         """z (B, F, D) -> z_q (B, F, D) with straight-through gradient, codes (B, K, F), commitment loss ().
 
-        The commitment loss is the mean over the stages of |residual - quantized|^2, each stage's own: only
-        so do all of them, and not the first alone, pull the encoder towards their codes.
+        The commitment loss is the mean over codebooks, vectors and dimensions of (residual - quantized)^2.
+        `quantized` carries no gradient, so `residual` keeps z's and every codebook pulls on the encoder. With
+        straight-through inside the loop, residuals would lose it, and the first codebook alone would pull.
         All in float32: squared distances of nearby vectors drown in the rounding of 16-bit floats."""
         B, n_frames, D = z.shape
         with torch.autocast(z.device.type, enabled=False):
@@ -301,7 +303,8 @@ class ResidualVQ(nn.Module):
                 commitment = commitment + F.mse_loss(residual, quantized)
                 residual = residual - quantized
                 codes.append(index.view(B, n_frames))
-            # Straight through (VQ-VAE, section 3.2), once, on the sum: the value is z_q, the gradient is z's.
+            # Straight through (VQ-VAE, section 3.2): z less what no codebook took up is the sum of the chosen
+            # vectors; as the remainder is detached, the gradient passes to z unchanged.
             z_q = z - residual.view_as(z).detach()
         return z_q, torch.stack(codes, 1), commitment / len(self.codebooks)
 
@@ -365,12 +368,14 @@ class Codec(nn.Module):
 
         Kept for the next chunk are the last 2 * margin latents and the last 2 * margin outputs of the LSTM:
         half of each is the past, half the future, of what is computed next."""
-        margin = 3  # `Decoder.inp` has a kernel of 7; `Decoder.up` needs less than 2 frames
+        margin = 3  # `Decoder.inp` has a kernel of 7: 3 frames on each side; `Decoder.up` needs only 2
         hop = self.cfg.hop
         z, x, state = None, None, None  # latents and LSTM outputs from which the next frames will be made
         x_past = 0  # how many frames of x have been played, and are kept as the past of the others
         for chunk in itertools.chain(chunks, [None]):  # None: that was the last
             is_last = chunk is None
+            if is_last and z is None:  # there were no codes at all
+                return
             new = 0 * z[:, :margin] if is_last else self.quantizer.decode(chunk)
             z = F.pad(new, (0, 0, margin, 0)) if z is None else torch.cat((z, new), 1)  # as `inp` pads
             if z.shape[1] > 2 * margin:
@@ -459,8 +464,8 @@ class MelLoss(nn.Module):
 
     What differs from the paper, each settled by measurement (experiments/README.md):
     - both terms weigh 1 at every window, as in EnCodec: weights that grow with the window blur attacks;
-    - windows have up to a quarter of their length as bands, not 64, which cannot tell harmonics above 2 kHz
-      from noise;
+    - windows from 512 on have about a quarter of their length as bands, not 64, which cannot tell harmonics
+      above 2 kHz from noise; shorter ones have fewer than 64, as many as their bins allow (`mel_filters`);
     - the L2 norm is that of each frame's bands: one bad frame must not outweigh all others;
     - log S is log(S + floor) with a floor of 1e-3: the gradient of a logarithm is one over its argument, and
       with 1e-5 what is loud has no weight beside what is nearly silent, and comes out 10 dB too quiet."""
@@ -499,7 +504,7 @@ def fold(x):
     """(B, C, frames, bins) to (B, 2 C, frames, bins / 2): pairs of neighbouring bins become channels.
 
     A kernel of 4 bins then sees what one of 8 sees that moves by 2, without a stride, whose gradient is slow
-    on GPUs: four such layers took 61 ms and take 10."""
+    on GPUs."""
     return x.unflatten(3, (-1, 2)).permute(0, 4, 1, 2, 3).flatten(1, 2)
 
 
@@ -529,7 +534,7 @@ class DiscriminatorSTFT(nn.Module):
         features = []
         for layer in self.convs:
             if layer.in_channels > x.shape[1]:
-                x = fold(x)
+                x = fold(x)  # bins are even here: 2^n + 1 at first, and each even kernel adds one
             x = F.leaky_relu(layer(x), 0.2)
             features.append(x)
         return self.conv_post(x).float(), features
@@ -549,18 +554,18 @@ class MultiScaleSTFTDiscriminator(nn.Module):
 
 
 def discriminator_loss(real, fake):
-    """l_d of section 3.1, a hinge: mean over the K scales of max(0, 1 - D(x)) + max(0, 1 + D(x_hat))."""
+    """l_d of section 3.1, a hinge: mean over the scales of max(0, 1 - D(x)) + max(0, 1 + D(x_hat))."""
     losses = [F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in zip(real, fake)]
     return sum(losses) / len(losses)
 
 
 def generator_loss(fake):
-    """l_g of section 3.1, a hinge: mean over the K scales of max(0, 1 - D(x_hat))."""
+    """l_g of section 3.1, a hinge: mean over the scales of max(0, 1 - D(x_hat))."""
     return sum(F.relu(1 - f).mean() for f in fake) / len(fake)
 
 
 def feature_loss(real, fake):
-    """l_feat of section 3.1: mean over K scales and L layers of the L1 distance of their features."""
+    """l_feat of section 3.1: mean over scales and layers of the L1 distance of their features."""
     distances = []
     for real_layers, fake_layers in zip(real, fake):
         for r, f in zip(real_layers, fake_layers):

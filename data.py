@@ -953,19 +953,21 @@ def folder_entries(folder: str, flags: Flags, notes: list) -> list[Entry]:
 
     UserError: it has no words, or some that cannot be read."""
     sounds = walk(folder)
-    match = Match("path", sounds, sounds.paths)
-    described = set(map(stem, sounds.paths))
+    paths = list({stem(path): path for path in sounds.paths}.values())
+    notes += [("the same clip in another format", path) for path in sorted(set(sounds.paths) - set(paths))]
+    match = Match("path", sounds, paths)
+    described = set(map(stem, paths))
     others = [path for path in sounds.others if os.path.splitext(path)[0] not in described]
     tables = [path for path in others if kind_of(path) in TABLES]
     metadata = [path for path in tables if METADATA.search(path)]
-    beside = beside_table(sounds, sounds.paths, notes)
+    beside = beside_table(sounds, paths, notes)
     if not metadata and any(find_words(beside, {"path"})):
         return join_rows(beside, match, flags, notes)
     entries = tables_entries(folder, metadata or tables, flags, notes)
     if entries:
         return entries
-    splits = folder_splits(sounds.paths)
-    classes = [class_of(path, splits) for path in sounds.paths]
+    splits = folder_splits(paths)
+    classes = [class_of(path, splits) for path in paths]
     check_others(folder, others, any(classes), notes)
     if not any(classes):
         above = glob.escape(os.path.dirname(folder))
@@ -974,7 +976,7 @@ def folder_entries(folder: str, flags: Flags, notes: list) -> list[Entry]:
         what = f"no usable sound among {len(classes)}; expected clip.txt beside clip.wav, folders of classes"
         raise UserError(f"{folder}: {what}, or a table{hint}")
     notes.append(("", f"{folder}: it has no table and no texts, so the names of folders are categories"))
-    return join_rows(Table(folder, {"path": sounds.paths, "category": classes}), match, flags, notes)
+    return join_rows(Table(folder, {"path": paths, "category": classes}), match, flags, notes)
 
 
 def check_others(folder: str, others: list[str], usable: bool, notes: list):
@@ -988,8 +990,10 @@ def check_others(folder: str, others: list[str], usable: bool, notes: list):
             raise UserError(f"{folder}: {path} seems to list a split; save a table of path, label and split")
 
 
-def read_entries(source, log=print, files=None, words=None, split_column=None) -> list[Entry]:
+def read_entries(source, log=print, files=None, words=None, split_column=None, left_out=None) -> list[Entry]:
     """What a table or folder holds; every guess and all that is left out is told to `log`.
+
+    Where there is much of it, ten lines and a count; all of it is appended to the list `left_out`.
 
     Names of columns overrule guesses. UserError: it cannot be understood, or is not there."""
     if not os.path.exists(source):
@@ -1006,6 +1010,8 @@ def read_entries(source, log=print, files=None, words=None, split_column=None) -
         lines = [f"  {what}" if reason else what for why, what in notes if why == reason]
         if reason:
             log(f"{source}: left out {len(lines)}: {reason}")
+            if left_out is not None:
+                left_out += [f"{reason}: {line.strip()}" for line in lines]
         for line in lines[:10]:
             log(printable(line))
         if len(lines) > 10:
@@ -1042,7 +1048,8 @@ def prepare(source: str, folder: str, log: Callable = print, **columns) -> list[
     """Decode `source` into a folder of its own below `folder`, or find it there if nothing has changed since.
 
     `columns` are the options of `read_entries`. UserError: nothing can be read, or there is no space."""
-    entries = read_entries(source, log, **columns)
+    left_out: list[str] = []
+    entries = read_entries(source, log, **columns, left_out=left_out)
     name = f"{os.path.basename(os.path.abspath(source)).split('.')[0][:40]}-{fingerprint(entries)}"
     final, part = os.path.join(folder, name), os.path.join(folder, name + ".part")
     if not os.path.exists(final):
@@ -1050,7 +1057,7 @@ def prepare(source: str, folder: str, log: Callable = print, **columns) -> list[
         shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
         try:
             os.makedirs(part)
-            decode_all(entries, part, source)
+            decode_all(entries, part, source, left_out)
             os.rename(part, final)
         except OSError as error:
             why = error.strerror or error
@@ -1090,8 +1097,9 @@ def write_samples(path: str, file) -> tuple[int, float]:
     return (file.tell() - begin) // 2, peak
 
 
-def decode_all(entries: list[Entry], folder: str, source: str) -> None:
-    """Write the samples of all clips, their index and a report for the reader into `folder`."""
+def decode_all(entries: list[Entry], folder: str, source: str, unread: list[str]) -> None:
+    """Write into `folder` the samples of all clips, their index with a report for the reader, and a list of
+    what is left out, after what was `unread` before."""
     root = os.path.dirname(os.path.abspath(source))
     clips: list[dict] = []
     left_out, loud = [], []
@@ -1113,7 +1121,7 @@ def decode_all(entries: list[Entry], folder: str, source: str) -> None:
         raise UserError(f"{source}: none of its {len(entries)} sounds can be used; the first: {left_out[0]}")
     report = [summary(source, clips), *shortened("left out", left_out), *shortened("turned down", loud)]
     with open(os.path.join(folder, "left_out.txt"), "w", encoding="utf-8", errors="replace") as file:
-        file.writelines(line + "\n" for line in left_out + loud)
+        file.writelines(printable(line) + "\n" for line in unread + left_out + loud)
     with open(os.path.join(folder, "index.json"), "w") as file:
         json.dump({"report": report, "clips": clips}, file)
 

@@ -1,20 +1,23 @@
 """The audio language model: words become K streams of codes.
 
-    text ids --TextEncoder--> u ;   Z = [u, v]   --causal transformer with cross-attention to u--> codes
+    text ids       --TextEncoder-->  u
+    codes so far   --embed-->        v
+    Z = [u, v]     --causal transformer, with cross-attention to u-->  codes of the next frame
 
 AudioGen (arXiv 2209.15352), sections 3.2 and 3.3. From elsewhere: rotary positions (RoFormer, 2104.09864) and
 classifier-free guidance (2207.12598). Trained by `train_lm.py`; this file needs PyTorch alone and can be
 copied into another project.
 
-- The K codes of a frame are embedded by K tables, whose mean is one vector; K heads predict the codes of the
-  next frame independently of each other.
+- Each of the K codes of a frame is looked up in a table of its own, and the mean of the K vectors is the
+  frame's input; K heads predict the codes of the next frame independently of each other.
 - Text reaches the sound twice, as in the paper: as a prefix of the sequence and through cross-attention.
 - Every text is padded to `max_text_len` places. The text encoder looks at words only, but writes to all
   places, so that each u says something: the decoder needs no mask and always runs the fused kernel, and the
   empty caption, for guidance, is a text too.
 - Frame j is predicted from a learnt start vector (`bos`) and the frames before j.
 
-Letters: B batch, N text tokens, K streams, F frames, V codes in a codebook, d width, H heads, S cache places.
+Letters: B batch, N text tokens (in u always max_text_len), K streams, F frames, V codes in a codebook,
+d width, D the codec's width, H heads, L layers, T places of any sequence, S cache places.
 """
 
 import math
@@ -43,7 +46,7 @@ class LMConfig:
     size: str = "tiny"
     vocab_size: int = 8000  # of the text; 0 is padding
     max_text_len: int = 64  # text tokens per caption
-    max_frames: int = 0  # audio frames per training example; 0 means five seconds
+    max_frames: int = 0  # most audio frames that are read at once; 0 means five seconds
     dropout: float = 0.0  # of what enters the residual stream; in attention it would cost the fused kernel
 
     def __post_init__(self):
@@ -51,6 +54,7 @@ class LMConfig:
             raise LMError(f"streams is {self.streams}, but must be one of 1, 2, 4, 8: type --streams 4")
         if self.size not in SIZES:
             raise LMError(f"model size {self.size!r} is unknown: type --size " + " or ".join(SIZES))
+        # As in codec.py: 500 / K frames a second, so that this is five seconds; 2048 / K codes per stream.
         self.max_frames = self.max_frames or math.ceil(2500 / self.streams)
         self.n_layer, self.n_head, self.n_embd, self.n_text_layer = SIZES[self.size]
         self.codebook_size = 2048 // self.streams  # V
@@ -87,9 +91,10 @@ class SelfAttention(nn.Module):
         self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd)
 
     def forward(self, x, rope=None, cache=None, input_pos=None, mask=None):
-        """x (B, T, d) -> (B, T, d). With a cache (2, B, H, S, d / H), keys and values are kept in it:
-        those of the first T places, or, with `input_pos` (1,), those of this single place (T = 1); `mask`
-        (1, S) then says what of the cache it may see."""
+        """x (B, T, d) -> (B, T, d). `mask` is True where a key may be seen; padded text has (B, 1, 1, T).
+
+        With a cache (2, B, H, S, d / H), keys and values are kept in it: those of the first T places, or,
+        with `input_pos` (1,), those of this one place (T = 1), and `mask` (1, S) is over the whole cache."""
         B, T, d = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv  # (B, H, T, d / H) each
@@ -216,7 +221,7 @@ class AudioLM(nn.Module):
         self.codebook_offset = nn.Buffer(codebook_offset, persistent=False)  # (K,)
         rope = rope_table(cfg.max_text_len + cfg.max_frames, cfg.n_embd // cfg.n_head)
         self.rope = nn.Buffer(rope, persistent=False)  # (2, max_text_len + max_frames, d / H)
-        # GPT-2: normal(.02), and what is added to the residual stream is scaled by the number of additions.
+        # GPT-2: normal(.02); what is added to the residual stream, over the root of the number of additions.
         for name, p in self.named_parameters():
             if p.dim() >= 2:
                 additions = 2 * cfg.n_text_layer if name.startswith("text_encoder") else 3 * cfg.n_layer
@@ -229,13 +234,18 @@ class AudioLM(nn.Module):
     def init_from_codebooks(self, codebooks):
         """Let tables and heads begin as the codec's vectors (K, V, D), projected at random to d dimensions.
 
-        The mean of a frame's K embeddings is then its quantised latent, and codes that sound alike are alike
-        from the first step on: the loss of 450 steps is reached after 280."""
+        The mean of a frame's K embeddings is then its quantised latent, but for centring, projection and
+        scale, and codes that sound alike are alike from the first step on: the loss of 450 steps is reached
+        after 280."""
         codebooks = codebooks - codebooks.mean(1, keepdim=True)
         D = codebooks.shape[2]
         projection = torch.randn(D, self.cfg.n_embd, device=codebooks.device) / math.sqrt(D)
-        tables = codebooks / codebooks.square().mean().sqrt() @ projection  # the first stages stay larger
-        heads = codebooks / codebooks.square().mean((1, 2), keepdim=True).sqrt() @ projection  # each is alone
+        tables = (
+            codebooks / codebooks.square().mean().sqrt() @ projection
+        )  # one scale: early streams stay larger
+        heads = (
+            codebooks / codebooks.square().mean((1, 2), keepdim=True).sqrt() @ projection
+        )  # a scale per stream
         self.wte.weight.copy_(0.04 * tables.flatten(0, 1))
         self.lm_heads.weight.copy_(0.02 * heads.flatten(0, 1))
 
@@ -277,7 +287,7 @@ class AudioLM(nn.Module):
         x = self.drop(self.inputs(codes[:, :, :-1], history_mask))  # (B, F, d)
         x = torch.cat((u, x), 1)  # (B, N + F, d)
         rope = self.rope[:, : x.shape[1]]
-        if first_frame is not None:  # the sound is as far from its text as it is in the whole clip
+        if first_frame is not None:  # a late crop is as far from the text as it is in its whole clip
             place = torch.arange(x.shape[1], device=x.device)
             place = place + (place >= u.shape[1]) * first_frame[:, None]  # (B, N + F)
             rope = self.rope[:, place][:, :, None]  # (2, B, 1, N + F, d / H)
@@ -289,8 +299,8 @@ class AudioLM(nn.Module):
     # Sampling
 
     def prefill(self, u, codes, cross_kv, cache):
-        """Read text u (B, N, d) and the frames so far (B, K, F) into an empty cache; logits of the next frame
-        (B, K, V)."""
+        """Read text u (B, N, d) and the frames so far (B, K, F) into the cache, from its first place on;
+        logits of the next frame (B, K, V). What an earlier window left beyond is masked until overwritten."""
         x = torch.cat((u, self.inputs(codes)), 1)
         for block, kv, layer_cache in zip(self.blocks, cross_kv, cache):
             x = block(x, kv, self.rope[:, : x.shape[1]], layer_cache)
@@ -329,8 +339,8 @@ class AudioLM(nn.Module):
 
         Each prompt has a random generator of its own, so that its result does not depend on the batch.
         `negative` (B, N) takes the place of "no text" in guidance. `prefix` (B, K, P) is continued and not
-        repeated. Past the trained length the window slides: the model goes on from the second half of what it
-        can see."""
+        repeated. Whenever the window of `cfg.max_frames` is full, the model starts afresh from the last half
+        window of frames; of a longer prefix, too, it reads no more than that."""
         B, cfg = len(text), self.cfg
         generators = [torch.Generator().manual_seed(int(s)) for s in (range(B) if seeds is None else seeds)]
         u, cross_kv, cache = self.read_text(text, guidance, negative)
@@ -360,7 +370,8 @@ class AudioLM(nn.Module):
                 noise = torch.stack([torch.rand(draws, generator=g) for g in generators]).to(u.device)
                 block = []
                 for i in range(n):
-                    pos = min(pos + 1, len(positions) - 1)  # after the last frame nothing is read
+                    # The last frame of a full window has no place left: its logits are not used.
+                    pos = min(pos + 1, len(positions) - 1)
                     # A CPU looks at only so much of the cache as is filled, in few different shapes.
                     filled = [] if u.is_cuda else [cache[:, :, :, :, : pos // 64 * 64 + 64]]
                     codes, logits = sample_and_decode(logits, noise[:, i], positions[pos : pos + 1], *filled)
@@ -400,7 +411,7 @@ class AudioLM(nn.Module):
     # Accounting and files
 
     def flops_per_frame(self) -> float:
-        """Of training: 6 per weight that a frame passes, and 12 d per frame that attention looks at."""
+        """Of training, roughly: 6 per weight of the decoder, and 12 d per frame that attention looks at."""
         cfg = self.cfg
         weights = sum(p.numel() for p in self.blocks.parameters()) + self.lm_heads.weight.numel()
         seen = (cfg.max_text_len + cfg.max_frames) / 2 + cfg.max_text_len  # by self- and by cross-attention

@@ -177,8 +177,9 @@ class Say:
 
 
 def load_prefix(path: str, codec, lm, device):
-    """The recording to continue: its wave (T,), and the codes (1, K, P) of its last whole frames, as many as
-    the model looks at: they have to end where the recording ends."""
+    """The recording to continue: its wave (T,), and the codes (1, K, P) of its last whole frames, at most
+    `max_frames`, which end where the recording ends. The language model reads the later half of `max_frames`
+    of them; the codec decodes them all, so that the sound goes on without a step."""
     wave = D.load_audio(path)
     frames = max(1, min(len(wave) // codec.cfg.hop, lm.cfg.max_frames))
     return wave, codec.encode(wave[None, -frames * codec.cfg.hop :].to(device))
@@ -257,7 +258,8 @@ def main():
     lm = AudioLM.load(lm_path, device, codec.hash())
     tokenizer, max_text_len = D.Tokenizer(lm.tokenizer), lm.cfg.max_text_len
     check_lengths(tokenizer, args.prompt + [args.negative], max_text_len)
-    # A frame costs what it takes to read the weights once: halve them, and bring them in the right order.
+    # A frame takes as long as reading the weights once: bfloat16, where it is fast, halves them, and `pack`
+    # stores them in the order in which a CPU's kernel reads them.
     lm = lm.to(D.fast_dtype(device)).pack()
     say(f"{lm_path} and {codec_path} on {device}, {str(lm.bos.dtype)[6:]}")
     os.makedirs(args.out, exist_ok=True)
@@ -270,9 +272,10 @@ def main():
         heard, prefix = load_prefix(args.continue_from, codec, lm, device)
     wanted = [(prompt, args.seed + i) for prompt in args.prompt for i in range(args.num_samples)]
     frames, n = max(1, round(args.seconds * codec.cfg.frame_rate)), batch_size(lm, device)
+    batches = [wanted[i : i + n] for i in range(0, len(wanted), n)]
     clips, spent = [], 0.0
     try:
-        for batch in [wanted[i : i + n] for i in range(0, len(wanted), n)]:
+        for batch in batches:
             began = D.now(device)
             text = tokenizer.batch([prompt for prompt, _ in batch], max_text_len).to(device)
             negative = tokenizer.batch([args.negative] * len(batch), max_text_len).to(device)
@@ -306,7 +309,7 @@ def main():
     seconds = frames / codec.cfg.frame_rate * len(clips)
     say(
         f"\n{seconds:.1f} s of sound in {spent:.1f} s, {seconds / spent:.1f} x real time, "
-        f"{1000 * spent / frames:.1f} ms per frame; page: {index}"
+        f"{1000 * spent / frames / len(batches):.1f} ms per frame; page: {index}"
     )
 
 

@@ -397,6 +397,11 @@ def test_a_table_of_credits_beside_the_table_of_captions_is_told_from_it(tmp_pat
     assert captions == {"s/a.wav": ["rain falls"]} and "CREDITS.csv" in log
 
 
+def test_two_formats_of_a_clip_are_one_clip(tmp_path):
+    captions, _, log = read(tmp_path, ["s/dog/a.wav", "s/dog/a.flac", "s/cat/a.wav"], {}, "s")
+    assert captions == {"s/cat/a.wav": ["cat"], "s/dog/a.wav": ["dog"]} and "a.flac" in log
+
+
 def test_nothing_is_listed_by_the_thousand(tmp_path):
     lay_out(tmp_path, ["audio/a.wav"], {})
     for i in range(1000):

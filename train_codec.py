@@ -10,6 +10,10 @@
 
 Writes to --out: codec.pt (what sample.py and train_lm.py load), codec_train.pt (what --resume loads),
 codec.csv (the log) and codec_wavs/ (held-out clips and what the codec makes of them).
+
+Two stages: first encoder, codebooks and decoder learn together, without a discriminator; then the codes stay
+fixed and the decoder alone learns on, against one. The size `tiny` skips the second stage.
+
 AudioGen (arXiv 2209.15352) section 3.1; the balancer is EnCodec's (arXiv 2210.13438) section 3.4.
 """
 
@@ -41,9 +45,8 @@ from codec import (
 )
 
 # A size is one line here and one in codec.CHANNELS. Settled by runs of minutes (experiments/README.md).
-# In the second stage, from the share `disc_start` of the steps on, codes stay as they are and the decoder
-# alone learns on, against a discriminator. Its steps take 1.3 to 2.8 times as long, so a small budget is
-# better spent without (1.0: it never comes).
+# `seconds` is the length of a crop; `disc_start` the share of the steps after which the second stage begins
+# (1.0: never). A step of that stage takes 1.3 to 2.8 times as long: a small budget is better spent without.
 RECIPES = {
     "tiny": {"steps": 2000, "batch": 8, "seconds": 1.0, "lr": 4e-3, "disc_start": 1.0, "disc_filters": 16},
     "paper": {"steps": 10000, "batch": 64, "seconds": 1.0, "lr": 2e-3, "disc_start": 0.6, "disc_filters": 32},
@@ -80,7 +83,7 @@ class Training:
 
     def __init__(self, config: CodecConfig, recipe: dict, device: torch.device):
         self.config, self.recipe, self.device = config, recipe, device
-        # The first step starts the codebooks, so the second stage cannot begin with it.
+        # The share becomes a step number. Step 0 starts the codebooks: the second stage cannot begin there.
         self.disc_start = max(1, int(recipe["disc_start"] * recipe["steps"]))
         codec = Codec(config).train()
         # Copied on the CPU: on a GPU the copy's LSTM would gather its scattered weights at every call.
@@ -134,10 +137,11 @@ def train_step(t: Training, wave, step: int):
     """One step on waves (B, T), of this process's part of the batch. Returns the losses by name, the norm of
     the gradient, and whether it was applied.
 
-        l_g = lambda_t l_t + lambda_f l_f + lambda_g l_g + lambda_feat l_feat         (section 3.1)
+        L_G = lambda_t l_t + lambda_f l_f + lambda_g l_g + lambda_feat l_feat         (section 3.1)
 
-    The lambdas are set by the balancer, which turns WEIGHTS into shares of the gradient at the output; the
-    commitment loss is added beside it. In the second stage the discriminator takes its own step with l_d."""
+    In the code l_t is "wave", l_f "mel", l_g "adversarial", l_feat "feature". The balancer sets the lambdas:
+    it turns WEIGHTS into shares of the gradient at the output. The commitment loss is added beside it. In the
+    second stage the discriminator takes its own step with l_d."""
     adversarial = step >= t.disc_start
     D.set_lr((t.muon, t.adam), learning_rate(t, step))
     if adversarial:  # codes stay as the averaged encoder and codebooks of the first stage make them
@@ -159,9 +163,8 @@ def train_step(t: Training, wave, step: int):
     t.codec.zero_grad()
     ((wave_hat * gradient).sum() + COMMITMENT_WEIGHT * commitment).backward()
     trained = [p for p in t.codec.parameters() if p.grad is not None]
-    D.mean_over_processes(
-        [p.grad for p in trained]
-    )  # DistributedDataParallel cannot: it would not see two backwards
+    # By hand: DistributedDataParallel supports neither autograd.grad nor calling the decoder alone.
+    D.mean_over_processes([p.grad for p in trained])
     grad_norm = torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
     t.usage.lerp_(code_counts(codes, t.config.codebook_size), 0.02)
     finite = bool(torch.isfinite(grad_norm))
@@ -178,9 +181,9 @@ def train_step(t: Training, wave, step: int):
 def adversarial_losses(t: Training, wave, wave_hat) -> dict:
     """l_g and l_feat for the codec; the gradients of l_d are left at the discriminator's parameters.
 
-    One forward pass of the discriminator serves both sides. Real and decoded clips pass apart, so that what
-    goes back to the codec does not run through the real half (a third of the time). All clips are brought to
-    the same loudness first: quiet ones would be next to nothing to it."""
+    The same two forward passes, of real and of decoded clips, serve both losses; in one joint batch the
+    codec's gradient would run through the real half as well (a third of the time). Each pair is divided by
+    the loudness of the real clip first, or the discriminator would hardly notice quiet clips."""
     loudness = wave.std(1, keepdim=True) + 1e-3
     with D.autocast(t.device):
         real, real_features = t.disc(wave / loudness)
@@ -221,8 +224,8 @@ def update_ema(ema, model, step: int) -> None:
 
 @torch.no_grad()
 def evaluate(codec, waves, folder: str) -> str:
-    """Held-out measures over waves (n, T) in words, means over clips. Four of the clips and what the codec
-    makes of them go into the folder."""
+    """One line of measures over held-out waves (n, T): SI-SNR is the median over clips, both distances are
+    means. Four of the clips and what the codec makes of them go into the folder."""
     began = D.now(waves.device)
     codes = torch.cat([codec.encode(wave) for wave in waves.split(8)])
     encoded = D.now(waves.device)
@@ -335,8 +338,9 @@ def main():
     torch.manual_seed(args.seed)
     t = Training(config, recipe, device)
     start = t.load(resume_path, args.steps) if args.resume else 0
-    protect_language_model(args.out, codes_change=start <= t.disc_start)
-    steps, crop = recipe["steps"], int(recipe["seconds"] * D.SAMPLE_RATE)
+    protect_language_model(args.out, codes_change=start < t.disc_start)
+    steps = recipe["steps"]  # only now: `load` may have changed it
+    crop_length = int(recipe["seconds"] * D.SAMPLE_RATE)
     log = D.Log(os.path.join(args.out, "codec.csv"), start) if is_main else None
     say(
         f"codec {args.size}, {config.streams} streams of {config.codebook_size} codes, {config.kbps} kbit/s, "
@@ -353,7 +357,7 @@ def main():
     log_every, eval_every = max(1, steps // 100), max(100, steps // 10)
     stopper, clock, bad, warned = D.Stopper(), D.Clock(start), 0, {}
     for step in tqdm(range(start, steps), initial=start, total=steps, disable=not is_main, smoothing=0.05):
-        crops = data.batch(recipe["batch"], crop, np.random.default_rng((args.seed, step)))
+        crops = data.batch(recipe["batch"], crop_length, np.random.default_rng((args.seed, step)))
         wave = torch.stack([crop.wave for crop in crops]).chunk(world_size)[rank].to(device)
         losses, grad_norm, finite = train_step(t, wave, step)
         bad = 0 if finite else D.count_bad_steps(bad, step, resume_path, say)

@@ -29,11 +29,11 @@ import data as D
 from codec import Codec, CodecError, load_checkpoint
 from lm import AudioLM, LMConfig, LMError
 
-# A size is one line here and one in lm.SIZES. `tiny` is settled by short runs (experiments/README.md); `base`
-# and `large` follow the paper, but for the steps of `base`, which are meant for hours of sound, not for
-# thousands of hours. `micro` clips go through the model at once for every 24 GiB of a GPU. `text_len` is the
-# least and the most text tokens of a caption: each costs as much as a frame. Where optimizers are sharded,
-# each process keeps the state of a part of the weights only.
+# A size is two lines here and one in lm.SIZES. `tiny` is settled by short runs (experiments/README.md);
+# `base` and `large` follow the paper, but for Muon and fewer steps: for hours of sound, not thousands.
+# `micro` clips go through the model at once for every 24 GiB of a GPU. `text_len` is the least and the most
+# places for text, which `text_length` fits to the captions: each costs as much as a frame. With `shard`, each
+# process keeps the optimizers' state for a part of the weights only.
 RECIPES = {
     "tiny": {"steps": 2600, "batch": 4, "micro": 4, "lr": 4e-3, "vocab_size": 512},
     "base": {"steps": 5000, "batch": 256, "micro": 16, "lr": 5e-4, "vocab_size": 8000},
@@ -43,7 +43,7 @@ RECIPES["tiny"] |= {"text_len": (32, 128), "dropout": 0.1, "shard": False}
 RECIPES["base"] |= {"text_len": (64, 256), "dropout": 0.0, "shard": False}
 RECIPES["large"] |= {"text_len": (64, 256), "dropout": 0.0, "shard": True}
 
-SECONDS = 5  # of every training example
+SECONDS = 5  # of the longest training examples; `train_step` also takes halves and quarters of it
 WARMUP = 3000  # steps, and at most a tenth of the run
 COOLDOWN = 0.3  # share of the run at whose end the learning rate falls to zero
 MIN_LEVEL = 0.2  # a crop must reach this share of its clip's peak, or it lacks what the caption speaks of
@@ -138,12 +138,13 @@ def train_step(t: "Training", data, codec, step: int, args, timed: bool):
     """One step. Returns the cross-entropy of each stream (K,), the norm of the gradient, whether it was
     applied, and the seconds that drawing and encoding took, if they are asked for.
 
-        L_LM = - mean over streams i, frames j of log p(v_j^i | u, v_1 .. v_{j-1})       (section 3.2)
+        L_LM = - mean over streams i, frames j of log p(c_j^i | u, c_1 .. c_{j-1}), c the codes  (section 3.2)
 
     Words say most about how a sound begins, later the sound itself does. So most examples are short: a step
     takes clips of 5 s, or twice as many of half, or four times as many of a quarter of that."""
     D.set_lr(t.optimizers.values(), learning_rate(t.recipe["lr"], step, t.steps))
-    # The first number sets this generator apart from those below: NumPy takes (1, 2) for (1, 2, 0, 0).
+    # The leading 1 or 2 keeps this generator apart from those below: NumPy pads seeds with zeros, so that
+    # (seed, step) and (seed, step, 0, 0) would be the same.
     parts = 2 ** int(np.random.default_rng((1, args.seed, step)).integers(3))
     n, samples = t.recipe["micro"] * parts, SECONDS * D.SAMPLE_RATE // parts
     stream_losses, seconds = 0.0, 0.0

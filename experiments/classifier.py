@@ -142,7 +142,7 @@ def main():
     add("do", choices=["train", "judge"])
     add("--data", default=D.SOUNDS, help="table or folder; its validation clips are judged")
     add("--classifier", "--out", default="out/classifier.pt", help="the judge's file, written by train")
-    add("--steps", type=D.positive, default=1200, help="of each network, 16 clips each")
+    add("--steps", type=D.positive, default=2400, help="of each network, 16 clips each")
     add("--codec", default="pretrained/codec.pt")
     add("--lm", help="language model, if its sounds shall be judged")
     add("--words", help="categories to judge, with commas between them (default: all)")
