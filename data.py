@@ -1049,7 +1049,10 @@ def prepare(source: str, folder: str, log: Callable = print, **columns) -> list[
 
     `columns` are the options of `read_entries`. UserError: nothing can be read, or there is no space."""
     left_out: list[str] = []
-    entries = read_entries(source, log, **columns, left_out=left_out)
+    try:
+        entries = read_entries(source, log, **columns, left_out=left_out)
+    except UserError as error:
+        raise UserError(f"{error}; python data.py {shell_quote(source)} shows how it is read") from None
     name = f"{os.path.basename(os.path.abspath(source)).split('.')[0][:40]}-{fingerprint(entries)}"
     final, part = os.path.join(folder, name), os.path.join(folder, name + ".part")
     if not os.path.exists(final):

@@ -1,6 +1,6 @@
 """The judge: two small convolutional networks, trained on real recordings only, say what they hear.
 
-    python experiments/classifier.py train                              on sounds/, 10 minutes on one core
+    python experiments/classifier.py train                              on sounds/, 11 minutes on one core
     python experiments/classifier.py train --data esc10/clips.csv --steps 800 --out out/esc10.pt
     python experiments/classifier.py judge --codec pretrained/codec.pt
     python experiments/classifier.py judge --codec pretrained/codec.pt --lm pretrained/lm.pt --words dog,rain

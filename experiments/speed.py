@@ -1,7 +1,7 @@
 """How fast everything is on this machine: every row of the table of speeds.
 
-    python experiments/speed.py                 run nothing else meanwhile; 10 minutes on two cores
-    python experiments/speed.py --quick         some of the rows, a minute
+    python experiments/speed.py                 run nothing else meanwhile
+    python experiments/speed.py --quick         some of the rows; two minutes of a core without bfloat16
     peer/bin/python experiments/speed.py        with AudioCraft beside it: see peer.py
 
 A column `floor` stands beside sampling: the time it takes this machine to read as many bytes as the weights
