@@ -156,7 +156,7 @@ def read_blocks(path: str) -> Iterator[torch.Tensor]:
                 yield block[0]
             # In joined Oggs, and in MP3s of variable rate without a header, libsndfile stops early.
             unread = os.path.getsize(path) - raw.tell()
-            if unread > 2**16 and unread > 0.1 * os.path.getsize(path):
+            if file.format in ("OGG", "MP3") and unread > 2**16 and unread > 0.1 * os.path.getsize(path):
                 raise UserError("only its first part can be decoded")
     except (UserError, soundfile.LibsndfileError, OSError) as error:
         why = " ".join(re.sub("^Error opening .*?>: ", "", str(error)).split())
@@ -361,7 +361,7 @@ def name_split(path: str) -> str:
     """What the name of a source says: of a file always, of a folder if its siblings are splits, too."""
     folder, name = os.path.split(os.path.abspath(path))
     if os.path.isfile(path):
-        return sides(os.listdir(folder))[name] or name_split(folder)
+        return sides([name, *os.listdir(folder)])[name] or name_split(folder)
     folders = [f"{entry.name}/" for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."]
     return folder_splits(folders).get(name, "") if len(folders) > 1 else ""
 
@@ -657,7 +657,8 @@ def places_of(cell: tuple[str, str], table: Table, i: int, sounds: Sounds) -> li
                 break
             same += 1
         places.append((len(wanted) - same, "/".join(there[: len(there) - same]), path))
-    return [place for place in places if place[0] == min(places)[0]]
+    fewest = min(places)[0] if places else 0
+    return [place for place in places if place[0] == fewest]
 
 
 def below_one_base(table: Table, places: list[list[Place]], sounds: Sounds) -> list[list[Place]]:
@@ -832,7 +833,8 @@ def check_rows(table: Table, match: Match):
     """UserError: rows are about moments in files, or were swallowed by a quote that is not closed."""
     for name, cells in table.columns.items():
         times = re.search("onset|offset|start|begin|end|stop", family(name))
-        if times and len(set(zip(match.paths, map(str, cells)))) > len(set(match.paths)):
+        moments = {(path, str(cell)) for path, cell in zip(match.paths, cells) if path and times}
+        if len(moments) > match.distinct:
             what = f"its rows are about moments in the files (column {name!r}), not about whole sounds"
             raise UserError(f"{table.path}: {what}; cut the files there, or drop that column")
     place = list(table.columns).index(match.column)
@@ -934,8 +936,8 @@ def tables_entries(folder: str, tables: list[str], flags: Flags, notes: list) ->
     for path in tables:
         try:
             read[path] = table_entries(os.path.join(folder, path), flags, notes)
-        except NoSounds:
-            pass  # it is about something else
+        except NoSounds as error:  # it may be about something else
+            notes.append(("a table that names no sound here", f"{path} ({error})"))
         except UserError as error:
             failed[path] = error
     for path, error in failed.items():
@@ -961,7 +963,8 @@ def folder_entries(folder: str, flags: Flags, notes: list) -> list[Entry]:
     tables = [path for path in others if kind_of(path) in TABLES]
     metadata = [path for path in tables if METADATA.search(path)]
     beside = beside_table(sounds, paths, notes)
-    if not metadata and any(find_words(beside, {"path"})):
+    words = flags.words or ([] if metadata else sum(find_words(beside, {"path"}), []))
+    if not metadata and not beside.columns.keys().isdisjoint(words):
         return join_rows(beside, match, flags, notes)
     entries = tables_entries(folder, metadata or tables, flags, notes)
     if entries:
@@ -975,7 +978,7 @@ def folder_entries(folder: str, flags: Flags, notes: list) -> list[Entry]:
         hint = min((f": give {path}?" for path in near if kind_of(path) in TABLES), default="")
         what = f"no usable sound among {len(classes)}; expected clip.txt beside clip.wav, folders of classes"
         raise UserError(f"{folder}: {what}, or a table{hint}")
-    notes.append(("", f"{folder}: it has no table and no texts, so the names of folders are categories"))
+    notes.append(("", f"{folder}: no table of sounds and no texts, so the names of folders are categories"))
     return join_rows(Table(folder, {"path": paths, "category": classes}), match, flags, notes)
 
 
@@ -1255,8 +1258,9 @@ class AudioData:
     def draw(self, length: int, rng: np.random.Generator, min_level: float = 0.0, partner=None) -> Crop:
         """A random crop of a random training clip, and one of the clip's captions.
 
-        It is drawn again, at most 20 times, while it is silent, may not be mixed with the clip `partner`, or
-        stays below `min_level` times the peak of its clip: it would lack what the caption speaks of."""
+        It is drawn again while it is silent, may not be mixed with the clip `partner`, or stays below
+        `min_level` times the peak of its clip: it would lack what the caption speaks of. The twentieth is
+        taken as it is."""
         for _ in range(20):
             clip = self.train[np.searchsorted(self.cumulative[:-1], rng.random(), "right")]
             spare = clip.length - length
@@ -1277,7 +1281,7 @@ class AudioData:
             crop = self.draw(length, rng, min_level)
             if rng.random() < mix_share:
                 other = self.draw(length, rng, min_level, partner=crop.clip)
-                if may_mix(crop.clip, other.clip):  # else there is no other clip
+                if may_mix(crop.clip, other.clip):  # else twenty draws found no partner
                     offset = int(rng.integers(-(length // 2), length // 2 + 1))
                     wave = mix(crop.wave, other.wave, rng.uniform(-5, 5), offset)
                     crop = replace(crop, wave=wave, caption=f"{crop.caption} and {other.caption}")
@@ -1302,6 +1306,7 @@ def choose_splits(parts: list[list[Clip]]) -> None:
     validates = [any(clip.split == "val" for clip in part) for part in parts]
     for part, said in zip(parts, validates):
         by_lot = sorted(part, key=lambda clip: hashlib.sha256(ascii(clip.name).encode()).digest())
+        by_lot.sort(key=lambda clip: clip.split == "train")  # what is said to train validates last of all
         all_train = all(clip.split == "train" for clip in part)
         tenth = 0 if said or (all_train and any(validates)) else max(1, round(len(part) / 10))
         for i, clip in enumerate(by_lot):
@@ -1322,7 +1327,7 @@ def mixtures(clips: list[Clip], length: int, held_out: bool, n: int, seed: int =
     """Test of composition: n mixtures of two validation clips whose categories are in HELD_OUT_PAIRS or not.
 
     Returns [(wave (length,), true caption, wrong caption), ...]; the wrong caption names another sound in
-    place of one of the two. Fewer or none, where there are no such clips."""
+    place of one of the two. An empty list where there are no such clips."""
     names = sorted({name for pair in HELD_OUT_PAIRS for name in pair})
     by_name = {name: [clip for clip in clips if clip.category == name] for name in names}
     names = [name for name in names if by_name[name]]
