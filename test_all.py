@@ -1329,7 +1329,7 @@ def test_learning_rates_rise_fall_and_end_at_nothing():
 @pytest.fixture
 def training():
     torch.manual_seed(0)
-    return train_codec.Training(CodecConfig(4, "test"), dict(train_codec.RECIPES["test"]), CPU)
+    return train_codec.Training(Codec(CodecConfig(4, "test")), dict(train_codec.RECIPES["test"]), CPU)
 
 
 def test_every_parameter_has_one_optimizer_and_muon_the_matrices(lm, training):
@@ -1363,9 +1363,9 @@ def test_against_the_discriminator_codes_stay_and_a_step_that_is_not_finite_is_s
 
 
 def test_more_steps_move_the_discriminators_start_but_never_back_to_the_first_stage(training, tmp_path):
-    for step, disc_start in ((1, 6), (4, 2)):  # of 6 steps, and then of 18
+    for step, disc_start in ((1, 7), (4, 3)):  # of 6 steps, and then of 18
         torch.save(training.checkpoint(step), tmp_path / "t.pt")
-        resumed = train_codec.Training(training.config, dict(training.recipe), CPU)
+        resumed = train_codec.Training(Codec(training.config), dict(training.recipe), CPU)
         assert resumed.load(str(tmp_path / "t.pt"), 18) == step
         assert resumed.recipe["steps"] == 18 and resumed.disc_start == disc_start
 
@@ -1676,6 +1676,20 @@ def test_a_finetuned_model_keeps_its_words_stops_resumes_and_is_sampled(run, mad
     assert os.path.join("out", "halves", "lm.pt") in capsys.readouterr().out  # the newest below out/
 
 
+def test_finetuning_a_codec_leaves_its_codes_to_the_language_model(run, made, clips, tmp_path):
+    shutil.copytree(made.out, "out")
+    flags = ["--data", clips, "--finetune", made.out, "--steps", 3]
+    run(train_codec, *flags)  # over its own codec, beside the language model
+    old, new = (load(out / "codec.pt")["model"] for out in (made.out, tmp_path / "out"))
+    changed = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {"decoder"}
+    run(sample, "--prompt", "rain", "--seconds", 0.1)
+    with stop_at(3):
+        run(train_codec, *flags, "--out", "halves")
+    run(train_codec, *flags, "--out", "halves", "--resume")
+    assert_same_run(tmp_path / "out", tmp_path / "halves", "codec")
+
+
 # Two processes, as torchrun starts them: that takes longer than all they do, so they do it in one go.
 
 BATCHES = torch.randn(3, 2, 40, 8, generator=torch.Generator().manual_seed(0))  # steps, batch, frames, dim
@@ -1924,6 +1938,8 @@ train_codec --out new --resume                          codec_train.pt
 train_codec --out old --resume                          codec_train.pt
 train_codec --out made --resume --streams 2             'streams': 4
 train_codec --out made --resume --size tiny             'size': 'test'
+train_codec --finetune made --out new --streams 4       --size and --streams are those of
+train_codec --finetune none --out new                   none/codec.pt: no such checkpoint
 train_lm --out new                                      codec.pt
 train_lm --codec bad.pt                                 bad.pt
 train_lm --out made --streams 8                         type --streams 4
