@@ -1354,6 +1354,11 @@ def pick(items: list, rng: np.random.Generator):
 # The tokenizer
 
 
+def words_of(text: str) -> list[str]:
+    """The words of a text, in lower case and in their order, each once."""
+    return list(dict.fromkeys(re.findall(r"[^\W\d_]+", text.lower())))
+
+
 class Tokenizer:
     """Captions to ids: SentencePiece's BPE, lower case, bytes for what it has never seen; 0 is padding.
 

@@ -3,6 +3,7 @@
     python sample.py --prompt "a dog barks in the rain"                   a WAV and a page to listen to
     python sample.py --prompt "rain" --prompt "a bell" --num_samples 3    several prompts, three sounds each
     python sample.py --prompts prompts.txt --seconds 10                   longer than trained
+    python sample.py --prompt "a cat" --best_of 8                         of eight sounds the one most like it
     python sample.py --prompt "footsteps" --continue_from start.wav       go on from a recording
     python sample.py --prompt "sea waves" --stream | aplay                hear it while it is made
 
@@ -13,6 +14,7 @@ works offline.
 
 import base64
 import contextlib
+import difflib
 import html
 import itertools
 import os
@@ -29,7 +31,7 @@ from codec import Codec, CodecError, MelLoss
 from lm import AudioLM, LMError
 
 LIMITS = {"seconds": (0.01, 600), "num_samples": (1, 1000), "guidance": (-100, 100)}
-LIMITS |= {"temperature": (0, 10), "top_p": (0, 1), "top_k": (0, 2048)}
+LIMITS |= {"temperature": (0, 10), "top_p": (0, 1), "top_k": (0, 2048), "best_of": (1, 32)}
 CACHE_BYTES = 2**30  # of keys and values at once: more sounds than fit are made one batch after the other
 
 
@@ -41,6 +43,9 @@ def get_args():
     add("--prompts", help="text file with a prompt per line")
     add("--seconds", type=float, default=5.0)
     add("--num_samples", type=D.positive, default=1, help="sounds per prompt, each with the next seed")
+    add(
+        "--best_of", type=int, default=1, help="make so many for each sound, keep what its words explain best"
+    )
     add("--seed", type=D.whole_number, default=0)
     add("--guidance", type=float, default=3.0, help="how strongly words weigh: 1 as learnt")
     add("--temperature", type=float, default=1.0, help="below 1 safer, above 1 wilder, 0 likeliest")
@@ -63,8 +68,10 @@ def get_args():
         if not low <= getattr(args, name) <= high:
             raise D.UserError(f"--{name} {getattr(args, name)}: expected a number from {low} to {high}")
     args.prompt = args.prompt or [""]  # a continuation needs no words
-    if args.stream and len(args.prompt) * args.num_samples > 1:
-        raise D.UserError("--stream plays one sound: give one --prompt and leave out --num_samples")
+    if args.stream and len(args.prompt) * args.num_samples * args.best_of > 1:
+        raise D.UserError(
+            "--stream plays one sound: give one --prompt and leave out --num_samples and --best_of"
+        )
     if args.negative and args.guidance == 1:
         raise D.UserError("--negative does nothing at --guidance 1: give another guidance, such as 3")
     if args.keep_prefix and not args.continue_from:
@@ -196,6 +203,20 @@ def check_lengths(tokenizer, prompts: list[str], max_text_len: int) -> None:
             )
 
 
+def unknown_words(prompts: list[str], known: list[str]):
+    """A sentence for every word that no caption had, with those that are spelled most like it."""
+    for word in D.words_of(" ".join(prompts)):
+        if known and word not in known:
+            nearest = difflib.get_close_matches(word, known, n=3)
+            like = f"the nearest are {', '.join(nearest)}" if nearest else "none is spelled like it"
+            yield f"! no caption of the training data had the word {word!r}: {like}"
+
+
+def best_of_each(n: int, evidence) -> list[int]:
+    """Of every n sounds in a row, the place of the one with the most evidence (B,)."""
+    return [i * n + int(group.argmax()) for i, group in enumerate(evidence.split(n))]
+
+
 def decode_continuation(codec, prefix, codes):
     """Codes (B, K, F) to waves (B, F * hop), as they sound after the prefix (1, K, P): no step there."""
     codes = torch.cat((prefix.expand(len(codes), -1, -1), codes), 2)
@@ -258,6 +279,8 @@ def main():
     lm = AudioLM.load(lm_path, device, codec.hash())
     tokenizer, max_text_len = D.Tokenizer(lm.tokenizer), lm.cfg.max_text_len
     check_lengths(tokenizer, args.prompt + [args.negative], max_text_len)
+    for sentence in unknown_words(args.prompt + [args.negative], lm.words):
+        say(sentence)
     # A frame takes as long as reading the weights once: bfloat16, where it is fast, halves them, and `pack`
     # stores them in the order in which a CPU's kernel reads them.
     lm = lm.to(D.fast_dtype(device)).pack()
@@ -270,8 +293,10 @@ def main():
     heard, prefix = None, torch.zeros(1, codec.cfg.streams, 0, dtype=torch.long, device=device)
     if args.continue_from:
         heard, prefix = load_prefix(args.continue_from, codec, lm, device)
-    wanted = [(prompt, args.seed + i) for prompt in args.prompt for i in range(args.num_samples)]
-    frames, n = max(1, round(args.seconds * codec.cfg.frame_rate)), batch_size(lm, device)
+    seeds = range(args.seed, args.seed + args.num_samples * args.best_of)
+    wanted = [(prompt, seed) for prompt in args.prompt for seed in seeds]
+    frames = max(1, round(args.seconds * codec.cfg.frame_rate))
+    n = max(1, batch_size(lm, device) // args.best_of) * args.best_of
     batches = [wanted[i : i + n] for i in range(0, len(wanted), n)]
     clips, spent = [], 0.0
     try:
@@ -291,7 +316,11 @@ def main():
                 pieces = codec.decode_stream(itertools.chain([prefix] if heard is not None else [], blocks))
                 waves = [write_stream(without_first(pieces, prefix.shape[2] * codec.cfg.hop), args.stream)]
             else:
-                waves = decode_continuation(codec, prefix, torch.cat(list(blocks), 2))
+                codes = torch.cat(list(blocks), 2)  # (B, K, F)
+                if args.best_of > 1:
+                    best = best_of_each(args.best_of, lm.text_evidence(text, codes, negative))
+                    batch, codes = [batch[i] for i in best], codes[best]
+                waves = decode_continuation(codec, prefix, codes)
             spent += D.now(device) - began
             for (prompt, seed), wave in zip(batch, waves):
                 if args.keep_prefix:

@@ -1287,13 +1287,29 @@ def test_a_prefix_is_continued_and_not_repeated(length, lm):
     assert torch.equal(made[:, :, 0], next_logits(lm, prefix[:, :, -12:]).argmax(-1))
 
 
+def test_evidence_of_a_text_is_its_likelihood_over_that_of_no_text(lm):
+    codes, words, none = random_codes(20), TEXT.flip(0), torch.zeros_like(TEXT)
+    given, free = (
+        F.cross_entropy(lm(codes, text)[0].movedim(3, 1), codes, reduction="none") for text in (words, none)
+    )
+    evidence = lm.text_evidence(words, codes)
+    assert_close(evidence, (free - given).sum((1, 2)), rtol=1e-4, atol=1e-3)
+    assert_close(
+        lm.text_evidence(words[1:], codes[1:]), evidence[1:], rtol=1e-4, atol=1e-3
+    )  # whatever the company
+    assert_close(lm.text_evidence(words, codes, negative=words), torch.zeros(2), rtol=0, atol=1e-3)
+    longer = random_codes(44)  # two windows, of which the first is full
+    windows = [lm.text_evidence(words, part) for part in longer.split(24, 2)]
+    assert_close(lm.text_evidence(words, longer), sum(windows), rtol=1e-4, atol=1e-3)
+
+
 def test_lm_and_all_it_carries_survive_a_checkpoint(lm, codes, tokenizer, tmp_path):
-    lm.tokenizer, lm.codec_hash = tokenizer.to_tensor(), "abc"
+    lm.tokenizer, lm.words, lm.codec_hash = tokenizer.to_tensor(), ["dog"], "abc"
     torch.save(lm.checkpoint(), tmp_path / "lm.pt")
     again = AudioLM.load(tmp_path / "lm.pt", codec_hash="abc")
     assert torch.equal(again(codes, TEXT)[0], lm(codes, TEXT)[0]) and not again.training
     assert D.Tokenizer(again.tokenizer).encode("a dog") == tokenizer.encode("a dog")
-    assert again.codec_hash == "abc" and again.cfg == lm.cfg
+    assert again.codec_hash == "abc" and again.words == ["dog"] and again.cfg == lm.cfg
     with raises(LMError, match="codec abc, not of xyz"):
         AudioLM.load(tmp_path / "lm.pt", codec_hash="xyz")
 
@@ -1833,6 +1849,7 @@ def weights(codecs, tmp_path_factory):
         for p in lm.parameters():
             p.mul_(6 if p.dim() >= 2 else 1)
     lm.tokenizer, lm.codec_hash = tokenizer.to_tensor(), codecs[4].hash()
+    lm.words = D.words_of("Rain, wind; a dog barks")
     torch.save(lm.checkpoint(), folder / "lm.pt")
     return folder
 
@@ -1856,6 +1873,22 @@ def test_several_sounds_are_made_in_batches_each_by_its_own_seed(make, monkeypat
     several = make("--prompt", "rain", "--prompts", prompts, "--num_samples", 3, "--seed", 3)
     assert len(several) == 9 and len({wave.tobytes() for wave in several}) == 9
     np.testing.assert_allclose(several[4], make("--prompt", "wind", "--seed", 4)[0], rtol=0, atol=1e-3)
+
+
+def test_the_best_of_several_sounds_is_the_one_with_the_most_evidence(make, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "batch_size", lambda *_: 5)  # two sounds of two candidates at once
+    evidence = lambda lm, text, *_: torch.tensor([0.0, 1.0, 1.0, 0.0])[: len(text)]  # noqa: E731
+    monkeypatch.setattr(AudioLM, "text_evidence", evidence)
+    best = make("--prompt", "rain", "--num_samples", 3, "--best_of", 2, "--seed", 4)
+    assert re.findall(r"rain \(seed (\d)\)", capsys.readouterr().out) == ["5", "6", "9"]
+    np.testing.assert_allclose(best[1], make("--prompt", "rain", "--seed", 6)[0], rtol=0, atol=1e-3)
+
+
+def test_words_that_no_caption_had_are_named_with_those_like_them(make, capsys):
+    make("--prompt", "Dogs, rain and xylophones")
+    said = capsys.readouterr().out
+    assert "'dogs': the nearest are dog" in said and "'xylophones': none is spelled like it" in said
+    assert "'rain'" not in said and "'and'" in said
 
 
 def test_sample_obeys_negative_guidance_and_temperature(make):
@@ -1969,6 +2002,8 @@ sample --prompt rain --guidance nan                     --guidance
 sample --prompt rain --seed -1                          --seed
 sample --prompt rain --seed 18446744073709551616        --seed
 sample --prompt rain --num_samples 0                    --num_samples
+sample --prompt rain --best_of 0                        --best_of
+sample --prompt rain --best_of 2 --stream               --best_of
 sample --prompt rain --prompt wind --stream             --stream
 sample --prompt rain --negative wind --guidance 1       --negative
 sample --prompt rain --keep_prefix                      --keep_prefix

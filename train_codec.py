@@ -3,7 +3,7 @@
     python train_codec.py                                  the recordings in sounds/, on whatever machine
     python train_codec.py --data clips.csv                 your own clips: a table or a folder (see README)
     python train_codec.py --data one_clip/ --out one --steps 400    learn one clip by heart: try this first
-    python train_codec.py --data mine/ --finetune pretrained --out mine    teach a trained decoder your own clips
+    python train_codec.py --data mine/ --finetune pretrained    teach a trained decoder your own clips
     python train_codec.py --data clips.csv --resume        go on after an interruption
     python train_codec.py --data clips.csv --resume --steps 9000    go on for longer than was planned
     python train_codec.py --data clips.csv --eval_only     measure the codec in --out on the held-out clips
@@ -359,15 +359,12 @@ def main():
     steps = recipe["steps"]  # only now: `load` may have changed it
     crop_length = int(recipe["seconds"] * D.SAMPLE_RATE)
     log = D.Log(os.path.join(args.out, "codec.csv"), start) if is_main else None
+    parameters = sum(p.numel() for p in codec.parameters())
+    disc = f"from step {t.disc_start} on with a discriminator" if t.disc_start < steps else "no discriminator"
     say(
         f"codec {config.size}, {config.streams} streams of {config.codebook_size} codes, {config.kbps} kbit/s, "
-        f"{sum(p.numel() for p in t.codec.parameters()) / 1e6:.1f} M parameters; {steps} steps of "
-        f"{recipe['batch']} x {recipe['seconds']} s on {device}, "
-        + (
-            f"from step {t.disc_start} on with a discriminator"
-            if t.disc_start < steps
-            else "no discriminator"
-        )
+        f"{parameters / 1e6:.1f} M parameters; {steps} steps of {recipe['batch']} x {recipe['seconds']} s on "
+        f"{device}, {disc}"
     )
 
     # The loop.

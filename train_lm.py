@@ -393,7 +393,7 @@ def resume(args, path: str, codec, device):
 
     UserError: it learnt the codes of another codec, or --size says otherwise."""
     saved = load_checkpoint(path, "nanoaudiogen lm training")
-    if "step" not in saved or "max_frames" not in saved.get("config", {}):
+    if "words" not in saved:
         raise D.UserError(f"{path}: of another version: choose another --out for a new run")
     if saved["codec_hash"] != codec.hash():
         raise D.UserError(
@@ -404,7 +404,7 @@ def resume(args, path: str, codec, device):
         raise D.UserError(f"{path}: was started with --size {saved['config']['size']}: leave --size out")
     lm = AudioLM(LMConfig(**saved["config"]))
     lm.load_state_dict(saved["model"])
-    lm.tokenizer, lm.codec_hash = saved["tokenizer"], saved["codec_hash"]
+    lm.tokenizer, lm.words, lm.codec_hash = saved["tokenizer"], saved["words"], saved["codec_hash"]
     return saved, lm.to(device)
 
 
@@ -472,6 +472,7 @@ def main():
     size = lm.cfg.size if lm else args.size or ("base" if device.type == "cuda" else "tiny")
     recipe = choose_recipe(args, size, device, world_size)
     lm = lm or new_model(args, recipe, codec, data, size, device)
+    lm.words = sorted({*lm.words, *D.words_of(" ".join(c for clip in data.train for c in clip.captions))})
     t = Training(lm, recipe, device, rank, world_size)
     start = t.load(saved, args.steps) if saved else 0
     log = D.Log(os.path.join(args.out, "lm.csv"), start) if is_main else None
