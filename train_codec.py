@@ -362,8 +362,8 @@ def main():
     parameters = sum(p.numel() for p in codec.parameters())
     disc = f"from step {t.disc_start} on with a discriminator" if t.disc_start < steps else "no discriminator"
     say(
-        f"codec {config.size}, {config.streams} streams of {config.codebook_size} codes, {config.kbps} kbit/s, "
-        f"{parameters / 1e6:.1f} M parameters; {steps} steps of {recipe['batch']} x {recipe['seconds']} s on "
+        f"codec {config.size}, {config.streams} streams of {config.codebook_size} codes, "
+        f"{config.kbps} kbit/s, {parameters / 1e6:.1f} M parameters; {steps} steps of {recipe['batch']} x {recipe['seconds']} s on "
         f"{device}, {disc}"
     )
 
