@@ -363,8 +363,8 @@ def main():
     disc = f"from step {t.disc_start} on with a discriminator" if t.disc_start < steps else "no discriminator"
     say(
         f"codec {config.size}, {config.streams} streams of {config.codebook_size} codes, "
-        f"{config.kbps} kbit/s, {parameters / 1e6:.1f} M parameters; {steps} steps of {recipe['batch']} x {recipe['seconds']} s on "
-        f"{device}, {disc}"
+        f"{config.kbps} kbit/s, {parameters / 1e6:.1f} M parameters; {steps} steps of {recipe['batch']} x "
+        f"{recipe['seconds']} s on {device}, {disc}"
     )
 
     # The loop.
