@@ -1513,6 +1513,27 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def choose_threads(asked: int | None, device: torch.device, work: Callable, say: Callable) -> None:
+    """Set how many threads a CPU uses: as many as asked; else all, or one where `work` is done sooner by one.
+
+    Threads wait for each other after every operation. Where another program holds one of the cores, all of
+    them wait for that core: two threads then took thirteen times as long as one."""
+    every = torch.get_num_threads()
+    if asked or every == 1 or device.type != "cpu":
+        return torch.set_num_threads(asked or every)
+    work()  # the first call sets things up
+    seconds = {every: 0.0, 1: 0.0}
+    for n in (every, 1, every, 1):
+        torch.set_num_threads(n)
+        began = time.perf_counter()
+        work()
+        seconds[n] += time.perf_counter() - began
+    best = min(seconds, key=seconds.get)
+    torch.set_num_threads(best)
+    if best == 1:
+        say(f"! one thread is {seconds[every] / seconds[1]:.1f} times as fast as {every}: the cores are busy")
+
+
 def autocast(device: torch.device) -> torch.autocast:
     """Around a model's forward pass: the fast number format for what tolerates it."""
     return torch.autocast(device.type, fast_dtype(device), enabled=fast_dtype(device) != torch.float32)

@@ -59,6 +59,7 @@ def get_args():
     add("--codec", help="codec checkpoint (default: beside the language model)")
     add("--lm", help="language model checkpoint (default: the newest in out/, else pretrained/)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--threads", type=D.positive, help="of a CPU (default: all, or one where that is faster)")
     args = parser.parse_args()
     if args.prompts:
         args.prompt += read_prompts(args.prompts)
@@ -284,6 +285,8 @@ def main():
     # A frame takes as long as reading the weights once: bfloat16, where it is fast, halves them, and `pack`
     # stores them in the order in which a CPU's kernel reads them.
     lm = lm.to(D.fast_dtype(device)).pack()
+    few = tokenizer.batch([""], max_text_len).to(device)
+    D.choose_threads(args.threads, device, lambda: lm.generate(few, 2), say)
     say(f"{lm_path} and {codec_path} on {device}, {str(lm.bos.dtype)[6:]}")
     os.makedirs(args.out, exist_ok=True)
     tempfile.TemporaryFile(dir=args.out).close()  # where it cannot write, say so before the work

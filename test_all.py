@@ -25,6 +25,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import replace
 from types import SimpleNamespace
@@ -647,6 +648,21 @@ def test_tokenizer_survives_the_way_through_a_tensor_and_notices_damage(tokenize
 
 # ----------------------------------------------------------------------------------------------------------
 # data.py: what the three scripts share
+
+
+@pytest.mark.parametrize("asked, slow, chosen", [(None, 2, 1), (None, 1, 2), (2, 2, 2), (1, 1, 1)])
+def test_a_cpu_uses_the_threads_that_are_asked_for_or_fewer_where_they_wait_for_each_other(
+    asked, slow, chosen
+):
+    said = []
+    torch.set_num_threads(2)
+    try:
+        D.choose_threads(
+            asked, CPU, lambda: time.sleep(0.02 * (torch.get_num_threads() == slow)), said.append
+        )
+        assert torch.get_num_threads() == chosen and len(said) == (chosen == 1 and not asked)
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_orthogonalize_keeps_singular_vectors_and_brings_singular_values_near_one(monkeypatch):

@@ -71,6 +71,7 @@ def get_args():
     add("--steps", type=D.positive, help="training steps (default: by size)")
     add("--batch", type=D.positive, help="crops per step, over all processes (default: by size)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--threads", type=D.positive, help="of a CPU (default: all, or one where that is faster)")
     add("--seed", type=D.whole_number, default=0)
     add("--resume", action="store_true", help="go on from codec_train.pt in --out, with --steps for longer")
     add("--eval_only", action="store_true", help="measure codec.pt in --out and stop")
@@ -356,6 +357,7 @@ def main():
     t = Training(codec, recipe, device)
     start = t.load(resume_path, args.steps) if args.resume else 0
     protect_language_model(args.out, t.ema, codes_change=start < t.disc_start)
+    D.choose_threads(args.threads, device, lambda: t.ema.encode(held_out[:1]), say)
     steps = recipe["steps"]  # only now: `load` may have changed it
     crop_length = int(recipe["seconds"] * D.SAMPLE_RATE)
     log = D.Log(os.path.join(args.out, "codec.csv"), start) if is_main else None

@@ -70,6 +70,7 @@ def get_args():
     add("--mix", type=float, default=0.5, help="share of examples that mix two clips")
     add("--guidance", type=float, default=3.0, help="of the sounds made for evaluation")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--threads", type=D.positive, help="of a CPU (default: all, or one where that is faster)")
     add("--seed", type=D.whole_number, default=0)
     add("--resume", action="store_true", help="go on from lm_train.pt in --out, with --steps for longer")
     add("--eval_only", action="store_true", help="measure lm.pt in --out and stop")
@@ -452,6 +453,8 @@ def main():
     path, resume_path, wavs = (os.path.join(args.out, name) for name in ("lm.pt", "lm_train.pt", "lm_wavs"))
     lock = D.lock_folder(args.out) if is_main else None  # noqa: F841 (held until the process ends)
     codec, codec_path, lm = load_models(args, device)
+    second = torch.zeros(1, D.SAMPLE_RATE, device=device)
+    D.choose_threads(args.threads, device, lambda: codec.encode(second), say)
 
     # Data, and the held-out clips as codes: they do not change.
     data = D.first_then_all(lambda: D.AudioData.from_flags(args, log=say))
