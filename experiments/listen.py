@@ -87,8 +87,8 @@ def main():
     prompts = [prompt(train[word]) for word in words]
     made = from_words(lm, codec, prompts, guidance=args.guidance)
     note = (
-        f"5 s at 16 kHz. The recordings were held out of training; the codec makes "
-        f"{codec.cfg.kbps} kbit/s of them. On the right, the first sound that was made of each word, at guidance "
+        "5 s at 16 kHz. The recordings were held out of training; the codec makes "
+        f"{codec.cfg.kbps} kbit/s of them. On the right, the first sound made of each word, at guidance "
         f"{args.guidance:g}."
     )
     with open(args.out, "w", encoding="utf-8") as file:
