@@ -193,24 +193,36 @@ def load_prefix(path: str, codec, lm, device):
     return wave, codec.encode(wave[None, -frames * codec.cfg.hop :].to(device))
 
 
-def check_lengths(tokenizer, prompts: list[str], max_text_len: int) -> None:
-    """UserError: a prompt is longer than the model reads."""
+def load_models(args, device, say):
+    """The codec, the language model, ready for sampling, and its tokenizer."""
+    lm_path, codec_path = find_weights(args)
+    codec = Codec.load(codec_path, device)
+    lm = AudioLM.load(lm_path, device, codec.hash())
+    tokenizer = D.Tokenizer(lm.tokenizer)
+    # A frame takes as long as reading the weights once: bfloat16, where it is fast, halves them, and `pack`
+    # stores them in the order in which a CPU's kernel reads them.
+    lm = lm.to(D.fast_dtype(device)).pack()
+    nothing = tokenizer.batch([""], lm.cfg.max_text_len).to(device)
+    D.choose_threads(args.threads, device, lambda: lm.generate(nothing, 2), say)
+    say(f"{lm_path} and {codec_path} on {device}, {str(lm.bos.dtype)[6:]}")
+    return codec, lm, tokenizer
+
+
+def check_words(prompts: list[str], tokenizer, lm, say) -> None:
+    """Say which words no caption had, and which are spelled like them. UserError: a prompt is longer than
+    the model reads."""
     for prompt in prompts:
         tokens = len(tokenizer.encode(prompt))
-        if tokens > max_text_len:
+        if tokens > lm.cfg.max_text_len:
             raise D.UserError(
-                f"the prompt {prompt[:40]!r}... has {tokens} tokens, the model reads {max_text_len}: "
+                f"the prompt {prompt[:40]!r}... has {tokens} tokens, the model reads {lm.cfg.max_text_len}: "
                 "use fewer words"
             )
-
-
-def unknown_words(prompts: list[str], known: list[str]):
-    """A sentence for every word that no caption had, with those that are spelled most like it."""
     for word in D.words_of(" ".join(prompts)):
-        if known and word not in known:
-            nearest = difflib.get_close_matches(word, known, n=3)
+        if lm.words and word not in lm.words:
+            nearest = difflib.get_close_matches(word, lm.words, n=3)
             like = f"the nearest are {', '.join(nearest)}" if nearest else "none is spelled like it"
-            yield f"! no caption of the training data had the word {word!r}: {like}"
+            say(f"! no caption of the training data had the word {word!r}: {like}")
 
 
 def best_of_each(n: int, evidence) -> list[int]:
@@ -275,19 +287,8 @@ def main():
     args = get_args()
     device = D.pick_device(args.device)
     say = Say(sys.stderr if args.stream == "-" else sys.stdout)
-    lm_path, codec_path = find_weights(args)
-    codec = Codec.load(codec_path, device)
-    lm = AudioLM.load(lm_path, device, codec.hash())
-    tokenizer, max_text_len = D.Tokenizer(lm.tokenizer), lm.cfg.max_text_len
-    check_lengths(tokenizer, args.prompt + [args.negative], max_text_len)
-    for sentence in unknown_words(args.prompt + [args.negative], lm.words):
-        say(sentence)
-    # A frame takes as long as reading the weights once: bfloat16, where it is fast, halves them, and `pack`
-    # stores them in the order in which a CPU's kernel reads them.
-    lm = lm.to(D.fast_dtype(device)).pack()
-    few = tokenizer.batch([""], max_text_len).to(device)
-    D.choose_threads(args.threads, device, lambda: lm.generate(few, 2), say)
-    say(f"{lm_path} and {codec_path} on {device}, {str(lm.bos.dtype)[6:]}")
+    codec, lm, tokenizer = load_models(args, device, say)
+    check_words(args.prompt + [args.negative], tokenizer, lm, say)
     os.makedirs(args.out, exist_ok=True)
     tempfile.TemporaryFile(dir=args.out).close()  # where it cannot write, say so before the work
 
@@ -305,8 +306,8 @@ def main():
     try:
         for batch in batches:
             began = D.now(device)
-            text = tokenizer.batch([prompt for prompt, _ in batch], max_text_len).to(device)
-            negative = tokenizer.batch([args.negative] * len(batch), max_text_len).to(device)
+            texts = [prompt for prompt, _ in batch] + [args.negative] * len(batch)
+            text, negative = tokenizer.batch(texts, lm.cfg.max_text_len).to(device).chunk(2)
             blocks = lm.generate_stream(
                 text,
                 frames,
