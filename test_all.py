@@ -152,7 +152,7 @@ def test_resampled_length_is_rounded_up_and_blocks_make_no_difference(rate_in, r
         D.resample(x, 1, rate_out)
 
 
-@pytest.mark.parametrize("left, right, loudness", [(1, 0, 0.5), (1, 1, 1), (1, -1, 1), (0, 1, 0.5)])
+@pytest.mark.parametrize("left, right, loudness", [(1, 0, 0.5), (1, 1, 1), (1, -1, 1)])
 def test_stereo_becomes_mono_at_16_khz_and_opposite_channels_are_not_silent(left, right, loudness, tmp_path):
     stereo = sine(440, 1, 44100)[:, None] * [left, right]
     wave = D.load_audio(write_wav(tmp_path / "stereo.flac", stereo, 44100, subtype="PCM_24"))
@@ -467,20 +467,17 @@ def test_unreadable_files_are_named_and_do_not_stop_the_good_ones(tmp_path):
     assert all(f"{name}.wav" in "\n".join(said) for name in BAD_SOUNDS)
 
 
-def test_ten_files_of_a_kind_are_listed_and_the_others_counted(tmp_path):
+def test_ten_files_of_a_kind_are_listed_and_loud_ones_are_turned_down_as_a_whole(tmp_path):
+    rising = np.linspace(0, 5, 8000, dtype=np.float32) * sine(300, 0.5)
     clips = [(f"silent_{i}.wav", np.zeros(800, np.float32), "nothing") for i in range(13)]
-    clips += [(f"loud_{i}.wav", 4 * sine(440, 0.05), "a tone") for i in range(12)]
-    said = audio_data(tmp_path, *clips, subtype="FLOAT").said
+    clips += [(f"loud_{i}.wav", rising, "a tone") for i in range(12)]
+    data = audio_data(tmp_path, *clips, subtype="FLOAT")
     (path,) = tmp_path.glob("out/*/left_out.txt")
     for name, count in (("silent_", 13), ("loud_", 12)):
-        assert sum(name in line for line in said.splitlines()) == 10 and f": {count - 10} more" in said
+        assert data.said.count(name) == 10 and f": {count - 10} more" in data.said
         assert path.read_text().count(name) == count
-
-
-def test_a_float_file_louder_than_full_scale_is_turned_down_as_a_whole(tmp_path):
-    wave = np.linspace(0, 5, 8000, dtype=np.float32) * sine(300, 0.5)
-    (clip,) = audio_data(tmp_path, ("a.wav", wave, "a tone"), subtype="FLOAT").clips
-    np.testing.assert_allclose(clip.samples / 32767, wave / np.abs(wave).max(), atol=2e-5)
+    for clip in data.clips:  # as a whole, by one factor
+        np.testing.assert_allclose(clip.samples / 32767, rising / np.abs(rising).max(), atol=2e-5)
 
 
 def test_where_the_source_does_not_say_it_a_tenth_validates_drawn_by_name(tmp_path):
@@ -524,24 +521,15 @@ def test_the_recordings_that_ship_are_whole_and_credited():
 # data.py: crops and mixing
 
 
-@pytest.mark.parametrize("snr_db", [-5.0, 0.0, 3.3, 5.0])
+@pytest.mark.parametrize("snr_db, offset", [(-5.0, -300), (0.0, 0), (3.3, 300), (5.0, 2000)])
 @pytest.mark.parametrize("amplitude", [0.02, 0.5])  # the second is turned down to avoid clipping
-def test_mix_keeps_its_snr_and_does_not_clip(snr_db, amplitude):
-    a, b = hisses(1, 1, 2, amplitude=amplitude).double()
-    y = D.mix(a, b, snr_db, 0)
-    assert y.abs().max() <= 1
-    share = torch.linalg.lstsq(torch.stack((a, b), 1), y[:, None]).solution  # y = share @ (a, b)
-    power = (share * torch.stack((a, b))).square().mean(1)
-    assert 10 * math.log10(power[0] / power[1]) == approx(snr_db, abs=0.1)
-
-
-@pytest.mark.parametrize("offset", [-300, 0, 300, 2000])
-def test_mix_begins_the_second_sound_at_the_offset(offset):
-    a, b = hisses(0.1, 1, 2, amplitude=0.02)
+def test_mix_keeps_its_snr_and_its_offset_and_does_not_clip(snr_db, offset, amplitude):
+    a, b = hisses(0.1, 1, 2, amplitude=amplitude)
     added = torch.zeros(len(a) + 4000)
-    added[2000 + offset :][: len(b)] = (a.square().mean() / b.square().mean()).sqrt() * b
-    assert_close(D.mix(a, b, 0.0, offset), a + added[2000:][: len(a)])
-    assert torch.equal(D.mix(a, torch.zeros(1600), 0.0, offset), a)  # silence changes nothing
+    added[2000 + offset :][: len(b)] = b * a.norm() / b.norm() / 10 ** (snr_db / 20)
+    both = a + added[2000:][: len(a)]
+    assert_close(D.mix(a, b, snr_db, offset), both / max(1, both.abs().max()))
+    assert torch.equal(D.mix(a, torch.zeros(1600), snr_db, offset), a)  # silence changes nothing
 
 
 @pytest.fixture(scope="module")
@@ -649,32 +637,20 @@ def test_tokenizer_survives_the_way_through_a_tensor_and_notices_damage(tokenize
 # data.py: what the three scripts share
 
 
-def test_orthogonalize_keeps_singular_vectors_and_brings_singular_values_near_one(monkeypatch):
-    monkeypatch.setattr(D, "fast_dtype", lambda device: torch.float32)
-    for shape in ((12, 40), (40, 12), (16, 16)):
-        g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        u, s, vt = torch.linalg.svd(g, full_matrices=False)
-        core = u.T @ D.orthogonalize(g) @ vt.T  # diagonal, if the singular vectors are the same
-        assert (core - core.diag().diag()).abs().max() < 1e-3
-        assert (core.diag() - 1).abs()[s > 0.1 * s.max()].max() < 0.35
-
-
-def test_muon_takes_the_steps_of_its_formula_and_of_pytorch(monkeypatch):
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (16, 16)])
+def test_muon_takes_the_steps_of_pytorchs_own(shape, monkeypatch):
     torch.manual_seed(0)
-    first, gradients = torch.randn(12, 40), torch.randn(4, 12, 40)
+    monkeypatch.setattr(D, "fast_dtype", lambda device: torch.float32)
+    first = torch.randn(shape)
     ours, theirs = (torch.nn.Parameter(first.clone()) for _ in range(2))
     muon = D.Muon([ours], lr=0.02, weight_decay=0.1)
     reference = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    momentum, by_hand = torch.zeros(12, 40), first.clone()
-    for g in gradients:
+    for g in torch.randn(4, *shape):
         ours.grad, theirs.grad = g.clone(), g.clone()
         muon.step()
         reference.step()
-        momentum = 0.95 * momentum + 0.05 * g
-        direction = D.orthogonalize(0.95 * momentum + 0.05 * g)
-        by_hand = (1 - 0.02 * 0.1) * by_hand - 0.02 * 0.2 * 40**0.5 * direction
-    assert_close(ours.data, by_hand)
-    assert_close(ours.data, theirs.data, rtol=0, atol=0.03 * (by_hand - first).abs().max().item())  # bfloat16
+    way = (theirs.data - first).abs().max().item()  # which PyTorch goes in bfloat16
+    assert_close(ours.data, theirs.data, rtol=0, atol=0.03 * way)
 
 
 def test_saving_that_fails_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeypatch):
@@ -693,9 +669,7 @@ def test_saving_that_fails_keeps_the_old_file_and_leaves_no_other(tmp_path, monk
 
 BUGS = [
     lambda: np.zeros(3) + np.zeros(4),
-    lambda: [a for a, b in [(1, 2, 3)]],
     lambda: torch.zeros(2, 3) @ torch.zeros(2, 3),
-    lambda: {}["loss"],
     lambda: os.read(-1, 1),  # an OSError without a name
 ]
 MISHAPS = [
@@ -717,7 +691,7 @@ def test_a_bug_keeps_its_traceback_and_what_the_user_can_mend_is_one_line(script
         runpy.run_path(os.path.join(HERE, script), run_name="__main__")
 
     for bug in BUGS:
-        with raises((ValueError, RuntimeError, KeyError, OSError)) as caught:
+        with raises((ValueError, RuntimeError, OSError)) as caught:
             run_as_a_command(bug)
         assert not isinstance(caught.value, D.UserError)
     for error, words in MISHAPS[: 6 if script == "train_codec.py" else 7]:  # which reads no language model
@@ -736,16 +710,11 @@ def test_a_resumed_log_drops_the_rows_after_its_checkpoint(tmp_path):
         assert " ".join(f"{row['step']} {row['loss']}" for row in read_csv(path)) == content
 
 
-def test_two_runs_cannot_write_into_one_folder_unless_it_cannot_be_locked(tmp_path, monkeypatch):
-    fcntl = pytest.importorskip("fcntl")
-    with D.lock_folder(str(tmp_path)), raises(D.UserError, match="another run is writing there"):
-        D.lock_folder(str(tmp_path))
-    D.lock_folder(str(tmp_path)).close()
-
+def test_a_folder_that_cannot_be_locked_is_used_all_the_same(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", refuse)
     with D.lock_folder(str(tmp_path)):
         D.lock_folder(str(tmp_path)).close()
 
