@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import random
 import re
 import runpy
@@ -45,7 +44,7 @@ import sample
 import train_codec
 import train_lm
 from codec import Balancer, Codec, CodecConfig, CodecError, MelLoss, ResidualVQ, VectorQuantizer
-from lm import AudioLM, LMConfig, LMError, classifier_free_guidance, sample_next
+from lm import AudioLM, LMConfig, LMError, sample_next
 
 torch.set_num_threads(1)  # the models here are small: more threads would only wait for each other
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -787,24 +786,19 @@ def test_moving_average_follows_its_closed_form(steps):
     assert_close(codebook.embed, total / size[:, None], rtol=1e-4, atol=1e-5)
 
 
-def test_a_dead_code_is_replaced_for_good_and_used_again():
-    codebook, x = started_codebook(), torch.randn(64, 4)
-    codebook.embed[3], codebook.cluster_size[3], codebook.embed_sum[3] = 1000.0, 0.0, 0.0
-    codebook(x)
-    assert torch.cdist(codebook.embed[3:4], x).min() < 1e-5  # it is one of the batch now
-    assert_close(codebook.embed_sum[3] / codebook.cluster_size[3], codebook.embed[3])
-    assert (torch.cat([codebook(torch.randn(64, 4))[1] for _ in range(70)]) == 3).any()
-
-
-def test_dead_is_relative_to_the_mean_use():
-    """With fewer vectors in a batch than codes, most codes are rarely used and none of them is dead."""
-    codebook = started_codebook(256)
+def test_a_dead_code_is_replaced_for_good_and_used_again_but_a_rare_one_is_not_dead():
+    """With fewer vectors in a batch than codes, most codes are rarely used."""
+    codebook, x = started_codebook(256), torch.randn(64, 4)
     codebook.cluster_size.fill_(0.25)
     codebook.embed_sum.copy_(codebook.embed * 0.25)
+    codebook.embed[3], codebook.cluster_size[3], codebook.embed_sum[3] = 1000.0, 0.0, 0.0
     before = codebook.embed.clone()
-    _, index = codebook(torch.randn(64, 4))
-    unused = torch.ones(256, dtype=torch.bool).index_fill_(0, index, False)
-    assert_close(codebook.embed[unused], before[unused])
+    _, index = codebook(x)
+    assert torch.cdist(codebook.embed[3:4], x).min() < 1e-5  # it is one of the batch now
+    assert_close(codebook.embed_sum[3] / codebook.cluster_size[3], codebook.embed[3])
+    rare = sorted(set(range(256)) - {3, *index.tolist()})
+    assert_close(codebook.embed[rare], before[rare])
+    assert (torch.cat([codebook(torch.randn(64, 4))[1] for _ in range(70)]) == 3).any()
 
 
 @pytest.mark.parametrize(
@@ -820,15 +814,10 @@ def test_not_a_number_in_a_batch_does_not_poison_the_codebook(codebook):
 
 
 def test_mel_filters_are_the_triangles_of_the_definition_and_none_is_empty():
-    centres = [i * 2595 * math.log10(1 + 8000 / 700) / 63 for i in range(64)]
-    centres = [700 * (10 ** (m / 2595) - 1) for m in centres]
-    expected = torch.zeros(513, 64)
-    for k in range(513):
-        f = min(k * 16000 / 1024, 7999.999)
-        m = sum(c <= f for c in centres) - 1  # f lies between these two centres, and is shared by them
-        expected[k, m + 1] = (f - centres[m]) / (centres[m + 1] - centres[m])
-        expected[k, m] = 1 - expected[k, m + 1]
-    assert_close(codec_py.mel_filters(1024, 64), expected, rtol=1e-4, atol=1e-5)
+    mels = np.linspace(0, 2595 * np.log10(1 + 8000 / 700), 64)
+    bins, centres = np.linspace(0, 8000, 513), 700 * (10 ** (mels / 2595) - 1)
+    expected = np.stack([np.interp(bins, centres, band) for band in np.eye(64)], 1)
+    np.testing.assert_allclose(codec_py.mel_filters(1024, 64), expected, rtol=1e-4, atol=1e-5)
     for window in (2**i for i in range(5, 12)):
         filters = codec_py.mel_filters(window, 64)
         assert filters.sum(0).min() > 0 and filters.shape[0] == window // 2 + 1
@@ -847,16 +836,6 @@ def test_mel_loss_is_its_formula_and_moves_the_estimate_only():
     equal = MelLoss()(x, z := x.detach().clone().requires_grad_())
     equal.backward()
     assert equal < 1e-4 and z.grad.isfinite().all()
-
-
-def test_discriminator_hears_five_scales_with_kernels_twice_as_wide_that_move_by_two():
-    logits, features = codec_py.MultiScaleSTFTDiscriminator(2)(torch.randn(2, 4000))
-    assert len(logits) == len(features) == 5 and all(len(scale) == 5 for scale in features)
-    assert [x.shape[2] for x in logits] == [4000 // (n // 4) + 1 for n in (2048, 1024, 512, 256, 128)]
-    x, weight = torch.randn(2, 3, 5, 10), torch.randn(4, 3, 3, 8)
-    expected = F.conv2d(x, weight, stride=(1, 2), padding=(2, 4), dilation=(2, 1))
-    folded = torch.cat((weight[..., 0::2], weight[..., 1::2]), 1)  # even bins, then odd ones
-    assert_close(F.conv2d(codec_py.fold(x), folded, padding=(2, 2), dilation=(2, 1)), expected)
 
 
 def test_hinge_and_feature_losses_are_their_formulas():
@@ -933,12 +912,15 @@ def test_the_papers_table_of_streams_and_sizes():
                 config(**wrong)
 
 
-def test_convolutions_with_matrices_for_weights_are_those_of_pytorch():
+def test_convolutions_with_matrices_for_weights_or_folded_bins_are_those_of_pytorch():
     x = torch.randn(2, 24, 3)  # (B, T, C)
     conv, up = codec_py.Conv(3, 5, 8, stride=4), codec_py.ConvTranspose(3, 5, 4)
     assert_close(conv(x), F.conv1d(x.mT, conv.weight.view(5, 3, 8), conv.bias, 4, 2).mT)
     assert_close(up(x), F.conv_transpose1d(x.mT, up.weight.view(5, 3, 8).transpose(0, 1), up.bias, 4, 2).mT)
-    assert conv(x).shape == (2, 6, 5) and up(x).shape == (2, 96, 5)
+    x, weight = torch.randn(2, 3, 5, 10), torch.randn(4, 3, 3, 8)  # of the discriminator
+    strided = F.conv2d(x, weight, stride=(1, 2), padding=(2, 4), dilation=(2, 1))
+    folded = torch.cat((weight[..., 0::2], weight[..., 1::2]), 1)  # even bins, then odd ones
+    assert_close(F.conv2d(codec_py.fold(x), folded, padding=(2, 2), dilation=(2, 1)), strided)
 
 
 def test_what_is_quieter_than_four_steps_of_a_16_bit_file_decodes_to_silence():
@@ -985,7 +967,7 @@ def test_codes_depend_neither_on_the_rest_of_the_batch_nor_on_what_follows_later
 
 
 @pytest.mark.parametrize("streams", [1, 4, 8])
-@pytest.mark.parametrize("chunks", [[46], [1] * 46, [1, 2, 7, 1, 13, 3, 19], [45, 1]], ids=len)
+@pytest.mark.parametrize("chunks", [[1] * 46, [1, 2, 7, 1, 13, 3, 19], [45, 1]], ids=len)
 def test_decoding_in_pieces_equals_decoding_the_whole(streams, chunks, codecs):
     codec, generator = codecs[streams], torch.Generator().manual_seed(0)
     codes = torch.randint(codec.cfg.codebook_size, (2, streams, 46), generator=generator)
@@ -1044,10 +1026,8 @@ class Evil:
 KIND = {"kind": "nanoaudiogen codec"}
 BAD_CHECKPOINTS = {
     "missing": lambda path: None,
-    "random bytes": lambda path: path.write_bytes(rng().bytes(5000)),
     "empty": lambda path: path.write_bytes(b""),
-    "pickle with code": lambda path: path.write_bytes(pickle.dumps(Evil(), protocol=2)),
-    "torch file with code": lambda path: torch.save(KIND | {"config": Evil()}, path),
+    "code": lambda path: torch.save(KIND | {"config": Evil()}, path),
     "other project": lambda path: torch.save({"state_dict": {"weight": torch.zeros(3)}}, path),
     "tensor": lambda path: torch.save(torch.zeros(3), path),
     "other weights": lambda path: torch.save(KIND | {"config": {"streams": 4}, "model": {}}, path),
@@ -1080,14 +1060,17 @@ def small_lm(size="test"):
     return AudioLM(LMConfig(2, size, vocab_size=50, max_text_len=8, max_frames=24)).eval()
 
 
-@pytest.fixture
-def lm():
-    """A language model of two layers; its weights are made larger, so that all parts matter."""
-    lm = small_lm()
+def made_louder(lm):
+    """Larger weights: words, seeds and all parts of the model matter."""
     with torch.no_grad():
         for p in lm.parameters():
             p.mul_(6 if p.dim() >= 2 else 1)
     return lm
+
+
+@pytest.fixture
+def lm():
+    return made_louder(small_lm())
 
 
 def random_codes(frames=24, seed=0):
@@ -1182,18 +1165,9 @@ def test_texts_may_be_padded_and_what_is_too_long_is_refused(lm, codes):
         lm(random_codes(25), TEXT)
 
 
-def test_guidance_of_one_is_conditional_of_zero_unconditional_and_else_the_formula():
-    logits = torch.randn(4, 2, 10)
-    cond, uncond = logits.log_softmax(-1).chunk(2)
-    assert_close(classifier_free_guidance(logits[:2], 1), cond)
-    assert_close(classifier_free_guidance(logits, 0), uncond)
-    assert_close(classifier_free_guidance(logits, 3.0), 3 * cond - 2 * uncond)
-
-
-@pytest.mark.parametrize("guidance, packed", [(1.0, False), (3.0, False), (3.0, True)])
-def test_cached_greedy_decoding_equals_the_full_forward(guidance, packed, lm):
-    sampler = copy.deepcopy(lm).pack() if packed else lm
-    made = sampler.generate(TEXT, 24, temperature=0, guidance=guidance)
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 3.0])  # of words: none, as learnt, more
+def test_cached_greedy_decoding_equals_the_guided_full_forward(guidance, lm):
+    made = lm.generate(TEXT, 24, temperature=0, guidance=guidance)
     for i in range(24):
         cond, uncond = (next_logits(lm, made[:, :, :i], text).log_softmax(-1) for text in (TEXT, 0 * TEXT))
         assert torch.equal(made[:, :, i], (guidance * cond + (1 - guidance) * uncond).argmax(-1))
@@ -1778,15 +1752,11 @@ def test_the_codes_that_are_continued_end_where_the_recording_ends(samples, fram
 
 @pytest.fixture(scope="session")
 def weights(codecs, tmp_path_factory):
-    """Untrained weights that are louder than at their start: words, seeds and flags all change the sound."""
     folder = tmp_path_factory.mktemp("weights")
     torch.save(codecs[4].checkpoint(), folder / "codec.pt")
     torch.manual_seed(0)
     tokenizer = D.Tokenizer.train(["rain", "wind", "a dog barks"], 300)
-    lm = AudioLM(LMConfig(4, "test", vocab_size=tokenizer.vocab_size))
-    with torch.no_grad():
-        for p in lm.parameters():
-            p.mul_(6 if p.dim() >= 2 else 1)
+    lm = made_louder(AudioLM(LMConfig(4, "test", vocab_size=tokenizer.vocab_size)))
     lm.tokenizer, lm.codec_hash = tokenizer.to_tensor(), codecs[4].hash()
     torch.save(lm.checkpoint(), folder / "lm.pt")
     return folder
