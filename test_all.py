@@ -1101,17 +1101,6 @@ def test_codes_are_about_equally_likely_before_training_and_what_sounds_alike_is
         assert torch.corrcoef(torch.stack([torch.pdist(a), torch.pdist(b)]))[0, 1] > 0.9
 
 
-def test_a_frame_depends_on_all_frames_before_it_and_on_no_other(lm, codes):
-    seen = lm.embed(codes[:, :, :-1]).detach().requires_grad_()  # (B, F - 1, d)
-    lm.embed = lambda codes: seen
-    logits, _ = lm(codes, TEXT)
-    direction = torch.randn(logits.shape[-1])
-    for t in (0, 1, 7, 23):
-        (g,) = torch.autograd.grad((logits[:, :, t] @ direction).sum(), seen, retain_graph=True)
-        reached = g.norm(dim=-1) > 0
-        assert reached[:, :t].all() and not reached[:, t:].any()
-
-
 def test_turned_queries_and_keys_know_how_far_apart_they_are_and_nothing_else():
     q, k = hisses(0.004, 0, 1, amplitude=1).view(2, 1, 1, 1, 64)
     rope = lm_py.rope_table(600, 64)
@@ -1122,19 +1111,14 @@ def test_turned_queries_and_keys_know_how_far_apart_they_are_and_nothing_else():
 
     assert_close(product(7, 3), product(504, 500), rtol=1e-3, atol=1e-4)
     assert abs(product(7, 3) - product(7, 6)) > 1e-2
-    assert_close(lm_py.apply_rotary_emb(q, rope[:, 9:10]).norm(), q.norm())
 
 
 def test_text_reaches_the_sound_by_the_prefix_and_by_cross_attention(lm, codes):
-    u = lm.text_encoder(TEXT).detach()
-    prefix, crossed = u.clone().requires_grad_(), u.clone().requires_grad_()
-    x = torch.cat((prefix, lm.inputs(codes[:, :, :-1])), 1)
-    for block in lm.blocks:
-        x = block(x, block.cross.kv(crossed), lm.rope[:, : x.shape[1]])
-    logits = lm.logits(x[:, u.shape[1] :])
-    assert_close(logits, lm.predict(u, codes))  # so this is what the model does
-    logits.square().sum().backward()
-    assert prefix.grad.abs().max() > 1e-3 and crossed.grad.abs().max() > 1e-3
+    u, other = lm.text_encoder(TEXT), lm.text_encoder(TEXT.flip(0))
+    both = lm.predict(u, codes)
+    for prefix, crossed in ((other, lm.cross_kv(u)), (u, lm.cross_kv(other))):
+        lm.cross_kv = lambda _, crossed=crossed: crossed
+        assert (lm.predict(prefix, codes) - both).abs().max() > 1e-3
 
 
 def test_streams_are_embedded_by_their_mean_and_the_loss_is_the_mean_of_their_cross_entropies(lm, codes):
