@@ -1826,12 +1826,14 @@ sample --prompts latin1.txt                             UTF-8
 sample --prompt rain --seconds nan                      --seconds
 sample --prompt rain --top_p 2                          --top_p
 sample --prompt rain --top_k -1                         --top_k
+sample --prompt rain --guidance nan                     --guidance
 sample --prompt rain --seed -1                          --seed
 sample --prompt rain --seed 18446744073709551616        --seed
 sample --prompt rain --prompt wind --stream             --stream
 sample --prompt rain --negative wind --guidance 1       --negative
 sample --prompt rain --keep_prefix                      --keep_prefix
-sample --continue_from damaged.wav                      damaged.wav
+sample --continue_from no_samples.wav                   holds no samples
+sample --continue_from not_a_number.wav                 NaN
 sample --prompts long.txt                               tokens
 sample --prompt rain --out file                         file
 sample --prompt rain --stream no/folder/x.wav           no/folder/x.wav
@@ -1850,7 +1852,8 @@ def precious(made, weights, tmp_path_factory):
     shutil.copytree(made.out, folder / "made")
     shutil.copytree(made.out, folder / "learnt", ignore=shutil.ignore_patterns("lm.pt"))
     write_table(folder / "silence", ("a.wav", np.zeros(1600, np.float32), "rain"))
-    BAD_SOUNDS["corrupt"](folder / "damaged.wav")
+    for kind in ("no_samples", "not_a_number"):
+        BAD_SOUNDS[kind](folder / f"{kind}.wav")
     for name in ("hollow", "old"):
         os.makedirs(folder / name)
     shutil.copy(made.out / "codec.pt", folder / "old")
