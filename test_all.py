@@ -1806,7 +1806,7 @@ train_codec --out made                                  lm.pt
 train_codec --out learnt                                lm_train.pt
 train_codec --out new --resume                          codec_train.pt
 train_codec --out old --resume                          codec_train.pt
-train_codec --out made --resume --streams 2             'streams': 4
+train_codec --out made --resume --size test --streams 2  'streams': 4
 train_lm --out new                                      codec.pt
 train_lm --codec bad.pt                                 bad.pt
 train_lm --out made --streams 8                         type --streams 4
