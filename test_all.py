@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import random
 import re
 import runpy
@@ -46,7 +45,7 @@ import sample
 import train_codec
 import train_lm
 from codec import Balancer, Codec, CodecConfig, CodecError, MelLoss, ResidualVQ, VectorQuantizer
-from lm import AudioLM, LMConfig, LMError, classifier_free_guidance, sample_next
+from lm import AudioLM, LMConfig, LMError, sample_next
 
 torch.set_num_threads(1)  # the models here are small: more threads would only wait for each other
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -57,7 +56,7 @@ SCRIPTS = {f"{script.__name__}.py": script for script in (train_codec, train_lm,
 codec_py.CHANNELS["test"] = 4
 lm_py.SIZES["test"] = (2, 2, 32, 1)  # layers, heads, width, text layers
 train_codec.RECIPES["test"] = {"steps": 6, "batch": 2, "seconds": 0.25, "lr": 4e-3}
-train_codec.RECIPES["test"] |= {"disc_start": 0.34, "disc_filters": 2}
+train_codec.RECIPES["test"] |= {"disc_start": 0.33, "disc_filters": 2}
 train_lm.RECIPES["test"] = {"steps": 4, "batch": 2, "micro": 1, "lr": 4e-3, "vocab_size": 300}
 train_lm.RECIPES["test"] |= {"text_len": (8, 32), "dropout": 0.1, "shard": False}
 train_lm.SECONDS = 1
@@ -153,7 +152,7 @@ def test_resampled_length_is_rounded_up_and_blocks_make_no_difference(rate_in, r
         D.resample(x, 1, rate_out)
 
 
-@pytest.mark.parametrize("left, right, loudness", [(1, 0, 0.5), (1, 1, 1), (1, -1, 1), (0, 1, 0.5)])
+@pytest.mark.parametrize("left, right, loudness", [(1, 0, 0.5), (1, 1, 1), (1, -1, 1)])
 def test_stereo_becomes_mono_at_16_khz_and_opposite_channels_are_not_silent(left, right, loudness, tmp_path):
     stereo = sine(440, 1, 44100)[:, None] * [left, right]
     wave = D.load_audio(write_wav(tmp_path / "stereo.flac", stereo, 44100, subtype="PCM_24"))
@@ -468,20 +467,17 @@ def test_unreadable_files_are_named_and_do_not_stop_the_good_ones(tmp_path):
     assert all(f"{name}.wav" in "\n".join(said) for name in BAD_SOUNDS)
 
 
-def test_ten_files_of_a_kind_are_listed_and_the_others_counted(tmp_path):
+def test_ten_files_of_a_kind_are_listed_and_loud_ones_are_turned_down_as_a_whole(tmp_path):
+    rising = np.linspace(0, 5, 8000, dtype=np.float32) * sine(300, 0.5)
     clips = [(f"silent_{i}.wav", np.zeros(800, np.float32), "nothing") for i in range(13)]
-    clips += [(f"loud_{i}.wav", 4 * sine(440, 0.05), "a tone") for i in range(12)]
-    said = audio_data(tmp_path, *clips, subtype="FLOAT").said
+    clips += [(f"loud_{i}.wav", rising, "a tone") for i in range(12)]
+    data = audio_data(tmp_path, *clips, subtype="FLOAT")
     (path,) = tmp_path.glob("out/*/left_out.txt")
     for name, count in (("silent_", 13), ("loud_", 12)):
-        assert sum(name in line for line in said.splitlines()) == 10 and f": {count - 10} more" in said
+        assert data.said.count(name) == 10 and f": {count - 10} more" in data.said
         assert path.read_text().count(name) == count
-
-
-def test_a_float_file_louder_than_full_scale_is_turned_down_as_a_whole(tmp_path):
-    wave = np.linspace(0, 5, 8000, dtype=np.float32) * sine(300, 0.5)
-    (clip,) = audio_data(tmp_path, ("a.wav", wave, "a tone"), subtype="FLOAT").clips
-    np.testing.assert_allclose(clip.samples / 32767, wave / np.abs(wave).max(), atol=2e-5)
+    for clip in data.clips:  # as a whole, by one factor
+        np.testing.assert_allclose(clip.samples / 32767, rising / np.abs(rising).max(), atol=2e-5)
 
 
 def test_where_the_source_does_not_say_it_a_tenth_validates_drawn_by_name(tmp_path):
@@ -525,24 +521,15 @@ def test_the_recordings_that_ship_are_whole_and_credited():
 # data.py: crops and mixing
 
 
-@pytest.mark.parametrize("snr_db", [-5.0, 0.0, 3.3, 5.0])
+@pytest.mark.parametrize("snr_db, offset", [(-5.0, -300), (0.0, 0), (3.3, 300), (5.0, 2000)])
 @pytest.mark.parametrize("amplitude", [0.02, 0.5])  # the second is turned down to avoid clipping
-def test_mix_keeps_its_snr_and_does_not_clip(snr_db, amplitude):
-    a, b = hisses(1, 1, 2, amplitude=amplitude).double()
-    y = D.mix(a, b, snr_db, 0)
-    assert y.abs().max() <= 1
-    share = torch.linalg.lstsq(torch.stack((a, b), 1), y[:, None]).solution  # y = share @ (a, b)
-    power = (share * torch.stack((a, b))).square().mean(1)
-    assert 10 * math.log10(power[0] / power[1]) == approx(snr_db, abs=0.1)
-
-
-@pytest.mark.parametrize("offset", [-300, 0, 300, 2000])
-def test_mix_begins_the_second_sound_at_the_offset(offset):
-    a, b = hisses(0.1, 1, 2, amplitude=0.02)
+def test_mix_keeps_its_snr_and_its_offset_and_does_not_clip(snr_db, offset, amplitude):
+    a, b = hisses(0.1, 1, 2, amplitude=amplitude)
     added = torch.zeros(len(a) + 4000)
-    added[2000 + offset :][: len(b)] = (a.square().mean() / b.square().mean()).sqrt() * b
-    assert_close(D.mix(a, b, 0.0, offset), a + added[2000:][: len(a)])
-    assert torch.equal(D.mix(a, torch.zeros(1600), 0.0, offset), a)  # silence changes nothing
+    added[2000 + offset :][: len(b)] = b * a.norm() / b.norm() / 10 ** (snr_db / 20)
+    both = a + added[2000:][: len(a)]
+    assert_close(D.mix(a, b, snr_db, offset), both / max(1, both.abs().max()))
+    assert torch.equal(D.mix(a, torch.zeros(1600), snr_db, offset), a)  # silence changes nothing
 
 
 @pytest.fixture(scope="module")
@@ -668,46 +655,34 @@ def test_tokenizer_survives_the_way_through_a_tensor_and_notices_damage(tokenize
 
 
 @pytest.mark.parametrize("asked, slow, chosen", [(None, 2, 1), (None, 1, 2), (2, 2, 2), (1, 1, 1)])
-def test_a_cpu_uses_the_threads_that_are_asked_for_or_fewer_where_they_wait_for_each_other(
-    asked, slow, chosen
-):
+def test_a_cpu_uses_the_threads_asked_for_or_one_where_that_is_faster(asked, slow, chosen):
     said = []
+
+    def work():
+        time.sleep(0.02 * (torch.get_num_threads() == slow))
+
     torch.set_num_threads(2)
     try:
-        D.choose_threads(
-            asked, CPU, lambda: time.sleep(0.02 * (torch.get_num_threads() == slow)), said.append
-        )
+        D.choose_threads(asked, CPU, work, said.append)
         assert torch.get_num_threads() == chosen and len(said) == (chosen == 1 and not asked)
     finally:
         torch.set_num_threads(1)
 
 
-def test_orthogonalize_keeps_singular_vectors_and_brings_singular_values_near_one(monkeypatch):
-    monkeypatch.setattr(D, "fast_dtype", lambda device: torch.float32)
-    for shape in ((12, 40), (40, 12), (16, 16)):
-        g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        u, s, vt = torch.linalg.svd(g, full_matrices=False)
-        core = u.T @ D.orthogonalize(g) @ vt.T  # diagonal, if the singular vectors are the same
-        assert (core - core.diag().diag()).abs().max() < 1e-3
-        assert (core.diag() - 1).abs()[s > 0.1 * s.max()].max() < 0.35
-
-
-def test_muon_takes_the_steps_of_its_formula_and_of_pytorch(monkeypatch):
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (16, 16)])
+def test_muon_takes_the_steps_of_pytorchs_own(shape, monkeypatch):
     torch.manual_seed(0)
-    first, gradients = torch.randn(12, 40), torch.randn(4, 12, 40)
+    monkeypatch.setattr(D, "fast_dtype", lambda device: torch.float32)
+    first = torch.randn(shape)
     ours, theirs = (torch.nn.Parameter(first.clone()) for _ in range(2))
     muon = D.Muon([ours], lr=0.02, weight_decay=0.1)
     reference = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    momentum, by_hand = torch.zeros(12, 40), first.clone()
-    for g in gradients:
+    for g in torch.randn(4, *shape):
         ours.grad, theirs.grad = g.clone(), g.clone()
         muon.step()
         reference.step()
-        momentum = 0.95 * momentum + 0.05 * g
-        direction = D.orthogonalize(0.95 * momentum + 0.05 * g)
-        by_hand = (1 - 0.02 * 0.1) * by_hand - 0.02 * 0.2 * 40**0.5 * direction
-    assert_close(ours.data, by_hand)
-    assert_close(ours.data, theirs.data, rtol=0, atol=0.03 * (by_hand - first).abs().max().item())  # bfloat16
+    way = (theirs.data - first).abs().max().item()  # which PyTorch goes in bfloat16
+    assert_close(ours.data, theirs.data, rtol=0, atol=0.03 * way)
 
 
 def test_saving_that_fails_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeypatch):
@@ -726,9 +701,7 @@ def test_saving_that_fails_keeps_the_old_file_and_leaves_no_other(tmp_path, monk
 
 BUGS = [
     lambda: np.zeros(3) + np.zeros(4),
-    lambda: [a for a, b in [(1, 2, 3)]],
     lambda: torch.zeros(2, 3) @ torch.zeros(2, 3),
-    lambda: {}["loss"],
     lambda: os.read(-1, 1),  # an OSError without a name
 ]
 MISHAPS = [
@@ -750,7 +723,7 @@ def test_a_bug_keeps_its_traceback_and_what_the_user_can_mend_is_one_line(script
         runpy.run_path(os.path.join(HERE, script), run_name="__main__")
 
     for bug in BUGS:
-        with raises((ValueError, RuntimeError, KeyError, OSError)) as caught:
+        with raises((ValueError, RuntimeError, OSError)) as caught:
             run_as_a_command(bug)
         assert not isinstance(caught.value, D.UserError)
     for error, words in MISHAPS[: 6 if script == "train_codec.py" else 7]:  # which reads no language model
@@ -760,25 +733,11 @@ def test_a_bug_keeps_its_traceback_and_what_the_user_can_mend_is_one_line(script
         assert re.fullmatch(f"error: {re.escape(words)}.*\n", capsys.readouterr().err)
 
 
-def test_a_resumed_log_drops_the_rows_after_its_checkpoint(tmp_path):
-    path, expected = str(tmp_path / "log.csv"), {0: "10 0 20 0 30 0", 20: "10 0 20 0 30 20", 5: "30 5"}
-    for from_step, content in expected.items():
-        log = D.Log(path, from_step)
-        for step in (10, 20, 30) if from_step == 0 else (30,):
-            log.write({"step": step, "loss": from_step})
-        assert " ".join(f"{row['step']} {row['loss']}" for row in read_csv(path)) == content
-
-
-def test_two_runs_cannot_write_into_one_folder_unless_it_cannot_be_locked(tmp_path, monkeypatch):
-    fcntl = pytest.importorskip("fcntl")
-    with D.lock_folder(str(tmp_path)), raises(D.UserError, match="another run is writing there"):
-        D.lock_folder(str(tmp_path))
-    D.lock_folder(str(tmp_path)).close()
-
+def test_a_folder_that_cannot_be_locked_is_used_all_the_same(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", refuse)
     with D.lock_folder(str(tmp_path)):
         D.lock_folder(str(tmp_path)).close()
 
@@ -851,32 +810,19 @@ def test_moving_average_follows_its_closed_form(steps):
     assert_close(codebook.embed, total / size[:, None], rtol=1e-4, atol=1e-5)
 
 
-def test_a_dead_code_is_replaced_for_good_and_used_again():
-    codebook, x = started_codebook(), torch.randn(64, 4)
-    codebook.embed[3], codebook.cluster_size[3], codebook.embed_sum[3] = 1000.0, 0.0, 0.0
-    codebook(x)
-    assert torch.cdist(codebook.embed[3:4], x).min() < 1e-5  # it is one of the batch now
-    assert_close(codebook.embed_sum[3] / codebook.cluster_size[3], codebook.embed[3])
-    assert (torch.cat([codebook(torch.randn(64, 4))[1] for _ in range(70)]) == 3).any()
-
-
-def test_dead_is_relative_to_the_mean_use():
-    """With fewer vectors in a batch than codes, most codes are rarely used and none of them is dead."""
-    codebook = started_codebook(256)
+def test_a_dead_code_is_replaced_for_good_and_used_again_but_a_rare_one_is_not_dead():
+    """With fewer vectors in a batch than codes, most codes are rarely used."""
+    codebook, x = started_codebook(256), torch.randn(64, 4)
     codebook.cluster_size.fill_(0.25)
     codebook.embed_sum.copy_(codebook.embed * 0.25)
+    codebook.embed[3], codebook.cluster_size[3], codebook.embed_sum[3] = 1000.0, 0.0, 0.0
     before = codebook.embed.clone()
-    _, index = codebook(torch.randn(64, 4))
-    unused = torch.ones(256, dtype=torch.bool).index_fill_(0, index, False)
-    assert_close(codebook.embed[unused], before[unused])
-
-
-@pytest.mark.parametrize(
-    "codebook", [VectorQuantizer(8, 4).train(), started_codebook()], ids=["new", "started"]
-)
-def test_not_a_number_in_a_batch_does_not_poison_the_codebook(codebook):
-    codebook(torch.randn(64, 4).index_fill_(0, torch.tensor(5), math.nan))
-    assert codebook.embed.isfinite().all() and codebook.embed_sum.isfinite().all()
+    _, index = codebook(x)
+    assert torch.cdist(codebook.embed[3:4], x).min() < 1e-5  # it is one of the batch now
+    assert_close(codebook.embed_sum[3] / codebook.cluster_size[3], codebook.embed[3])
+    rare = sorted(set(range(256)) - {3, *index.tolist()})
+    assert_close(codebook.embed[rare], before[rare])
+    assert (torch.cat([codebook(torch.randn(64, 4))[1] for _ in range(70)]) == 3).any()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -884,15 +830,10 @@ def test_not_a_number_in_a_batch_does_not_poison_the_codebook(codebook):
 
 
 def test_mel_filters_are_the_triangles_of_the_definition_and_none_is_empty():
-    centres = [i * 2595 * math.log10(1 + 8000 / 700) / 63 for i in range(64)]
-    centres = [700 * (10 ** (m / 2595) - 1) for m in centres]
-    expected = torch.zeros(513, 64)
-    for k in range(513):
-        f = min(k * 16000 / 1024, 7999.999)
-        m = sum(c <= f for c in centres) - 1  # f lies between these two centres, and is shared by them
-        expected[k, m + 1] = (f - centres[m]) / (centres[m + 1] - centres[m])
-        expected[k, m] = 1 - expected[k, m + 1]
-    assert_close(codec_py.mel_filters(1024, 64), expected, rtol=1e-4, atol=1e-5)
+    mels = np.linspace(0, 2595 * np.log10(1 + 8000 / 700), 64)
+    bins, centres = np.linspace(0, 8000, 513), 700 * (10 ** (mels / 2595) - 1)
+    expected = np.stack([np.interp(bins, centres, band) for band in np.eye(64)], 1)
+    np.testing.assert_allclose(codec_py.mel_filters(1024, 64), expected, rtol=1e-4, atol=1e-5)
     for window in (2**i for i in range(5, 12)):
         filters = codec_py.mel_filters(window, 64)
         assert filters.sum(0).min() > 0 and filters.shape[0] == window // 2 + 1
@@ -911,16 +852,6 @@ def test_mel_loss_is_its_formula_and_moves_the_estimate_only():
     equal = MelLoss()(x, z := x.detach().clone().requires_grad_())
     equal.backward()
     assert equal < 1e-4 and z.grad.isfinite().all()
-
-
-def test_discriminator_hears_five_scales_with_kernels_twice_as_wide_that_move_by_two():
-    logits, features = codec_py.MultiScaleSTFTDiscriminator(2)(torch.randn(2, 4000))
-    assert len(logits) == len(features) == 5 and all(len(scale) == 5 for scale in features)
-    assert [x.shape[2] for x in logits] == [4000 // (n // 4) + 1 for n in (2048, 1024, 512, 256, 128)]
-    x, weight = torch.randn(2, 3, 5, 10), torch.randn(4, 3, 3, 8)
-    expected = F.conv2d(x, weight, stride=(1, 2), padding=(2, 4), dilation=(2, 1))
-    folded = torch.cat((weight[..., 0::2], weight[..., 1::2]), 1)  # even bins, then odd ones
-    assert_close(F.conv2d(codec_py.fold(x), folded, padding=(2, 2), dilation=(2, 1)), expected)
 
 
 def test_hinge_and_feature_losses_are_their_formulas():
@@ -997,12 +928,15 @@ def test_the_papers_table_of_streams_and_sizes():
                 config(**wrong)
 
 
-def test_convolutions_with_matrices_for_weights_are_those_of_pytorch():
+def test_convolutions_with_matrices_for_weights_or_folded_bins_are_those_of_pytorch():
     x = torch.randn(2, 24, 3)  # (B, T, C)
     conv, up = codec_py.Conv(3, 5, 8, stride=4), codec_py.ConvTranspose(3, 5, 4)
     assert_close(conv(x), F.conv1d(x.mT, conv.weight.view(5, 3, 8), conv.bias, 4, 2).mT)
     assert_close(up(x), F.conv_transpose1d(x.mT, up.weight.view(5, 3, 8).transpose(0, 1), up.bias, 4, 2).mT)
-    assert conv(x).shape == (2, 6, 5) and up(x).shape == (2, 96, 5)
+    x, weight = torch.randn(2, 3, 5, 10), torch.randn(4, 3, 3, 8)  # of the discriminator
+    strided = F.conv2d(x, weight, stride=(1, 2), padding=(2, 4), dilation=(2, 1))
+    folded = torch.cat((weight[..., 0::2], weight[..., 1::2]), 1)  # even bins, then odd ones
+    assert_close(F.conv2d(codec_py.fold(x), folded, padding=(2, 2), dilation=(2, 1)), strided)
 
 
 def test_what_is_quieter_than_four_steps_of_a_16_bit_file_decodes_to_silence():
@@ -1049,7 +983,7 @@ def test_codes_depend_neither_on_the_rest_of_the_batch_nor_on_what_follows_later
 
 
 @pytest.mark.parametrize("streams", [1, 4, 8])
-@pytest.mark.parametrize("chunks", [[46], [1] * 46, [1, 2, 7, 1, 13, 3, 19], [45, 1]], ids=len)
+@pytest.mark.parametrize("chunks", [[1] * 46, [1, 2, 7, 1, 13, 3, 19], [45, 1]], ids=len)
 def test_decoding_in_pieces_equals_decoding_the_whole(streams, chunks, codecs):
     codec, generator = codecs[streams], torch.Generator().manual_seed(0)
     codes = torch.randint(codec.cfg.codebook_size, (2, streams, 46), generator=generator)
@@ -1108,10 +1042,8 @@ class Evil:
 KIND = {"kind": "nanoaudiogen codec"}
 BAD_CHECKPOINTS = {
     "missing": lambda path: None,
-    "random bytes": lambda path: path.write_bytes(rng().bytes(5000)),
     "empty": lambda path: path.write_bytes(b""),
-    "pickle with code": lambda path: path.write_bytes(pickle.dumps(Evil(), protocol=2)),
-    "torch file with code": lambda path: torch.save(KIND | {"config": Evil()}, path),
+    "code": lambda path: torch.save(KIND | {"config": Evil()}, path),
     "other project": lambda path: torch.save({"state_dict": {"weight": torch.zeros(3)}}, path),
     "tensor": lambda path: torch.save(torch.zeros(3), path),
     "other weights": lambda path: torch.save(KIND | {"config": {"streams": 4}, "model": {}}, path),
@@ -1144,14 +1076,17 @@ def small_lm(size="test"):
     return AudioLM(LMConfig(2, size, vocab_size=50, max_text_len=8, max_frames=24)).eval()
 
 
-@pytest.fixture
-def lm():
-    """A language model of two layers; its weights are made larger, so that all parts matter."""
-    lm = small_lm()
+def made_louder(lm):
+    """Larger weights, and biases: words, seeds and all parts of the model matter."""
     with torch.no_grad():
         for p in lm.parameters():
-            p.mul_(6 if p.dim() >= 2 else 1)
+            p.copy_(6 * p if p.dim() >= 2 else p + 0.1 * torch.randn_like(p))
     return lm
+
+
+@pytest.fixture
+def lm():
+    return made_louder(small_lm())
 
 
 def random_codes(frames=24, seed=0):
@@ -1182,17 +1117,6 @@ def test_codes_are_about_equally_likely_before_training_and_what_sounds_alike_is
         assert torch.corrcoef(torch.stack([torch.pdist(a), torch.pdist(b)]))[0, 1] > 0.9
 
 
-def test_a_frame_depends_on_all_frames_before_it_and_on_no_other(lm, codes):
-    seen = lm.embed(codes[:, :, :-1]).detach().requires_grad_()  # (B, F - 1, d)
-    lm.embed = lambda codes: seen
-    logits, _ = lm(codes, TEXT)
-    direction = torch.randn(logits.shape[-1])
-    for t in (0, 1, 7, 23):
-        (g,) = torch.autograd.grad((logits[:, :, t] @ direction).sum(), seen, retain_graph=True)
-        reached = g.norm(dim=-1) > 0
-        assert reached[:, :t].all() and not reached[:, t:].any()
-
-
 def test_turned_queries_and_keys_know_how_far_apart_they_are_and_nothing_else():
     q, k = hisses(0.004, 0, 1, amplitude=1).view(2, 1, 1, 1, 64)
     rope = lm_py.rope_table(600, 64)
@@ -1203,19 +1127,14 @@ def test_turned_queries_and_keys_know_how_far_apart_they_are_and_nothing_else():
 
     assert_close(product(7, 3), product(504, 500), rtol=1e-3, atol=1e-4)
     assert abs(product(7, 3) - product(7, 6)) > 1e-2
-    assert_close(lm_py.apply_rotary_emb(q, rope[:, 9:10]).norm(), q.norm())
 
 
 def test_text_reaches_the_sound_by_the_prefix_and_by_cross_attention(lm, codes):
-    u = lm.text_encoder(TEXT).detach()
-    prefix, crossed = u.clone().requires_grad_(), u.clone().requires_grad_()
-    x = torch.cat((prefix, lm.inputs(codes[:, :, :-1])), 1)
-    for block in lm.blocks:
-        x = block(x, block.cross.kv(crossed), lm.rope[:, : x.shape[1]])
-    logits = lm.logits(x[:, u.shape[1] :])
-    assert_close(logits, lm.predict(u, codes))  # so this is what the model does
-    logits.square().sum().backward()
-    assert prefix.grad.abs().max() > 1e-3 and crossed.grad.abs().max() > 1e-3
+    u, other = lm.text_encoder(TEXT), lm.text_encoder(TEXT.flip(0))
+    both = lm.predict(u, codes)
+    for prefix, crossed in ((other, lm.cross_kv(u)), (u, lm.cross_kv(other))):
+        lm.cross_kv = lambda _, crossed=crossed: crossed
+        assert (lm.predict(prefix, codes) - both).abs().max() > 1e-3
 
 
 def test_streams_are_embedded_by_their_mean_and_the_loss_is_the_mean_of_their_cross_entropies(lm, codes):
@@ -1246,18 +1165,9 @@ def test_texts_may_be_padded_and_what_is_too_long_is_refused(lm, codes):
         lm(random_codes(25), TEXT)
 
 
-def test_guidance_of_one_is_conditional_of_zero_unconditional_and_else_the_formula():
-    logits = torch.randn(4, 2, 10)
-    cond, uncond = logits.log_softmax(-1).chunk(2)
-    assert_close(classifier_free_guidance(logits[:2], 1), cond)
-    assert_close(classifier_free_guidance(logits, 0), uncond)
-    assert_close(classifier_free_guidance(logits, 3.0), 3 * cond - 2 * uncond)
-
-
-@pytest.mark.parametrize("guidance, packed", [(1.0, False), (3.0, False), (3.0, True)])
-def test_cached_greedy_decoding_equals_the_full_forward(guidance, packed, lm):
-    sampler = copy.deepcopy(lm).pack() if packed else lm
-    made = sampler.generate(TEXT, 24, temperature=0, guidance=guidance)
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 3.0])  # of words: none, as learnt, more
+def test_cached_greedy_decoding_equals_the_guided_full_forward(guidance, lm):
+    made = lm.generate(TEXT, 24, temperature=0, guidance=guidance)
     for i in range(24):
         cond, uncond = (next_logits(lm, made[:, :, :i], text).log_softmax(-1) for text in (TEXT, 0 * TEXT))
         assert torch.equal(made[:, :, i], (guidance * cond + (1 - guidance) * uncond).argmax(-1))
@@ -1394,16 +1304,16 @@ def test_every_parameter_has_one_optimizer_and_muon_the_matrices(lm, training):
 
 
 def test_against_the_discriminator_codes_stay_and_a_step_that_is_not_finite_is_skipped(training):
-    states = []
+    states, wave = [], hisses(0.25, 0, 1)
     for step in range(4):
-        losses, _, finite = train_codec.train_step(training, hisses(0.25, 0, 1), step)
+        before = copy.deepcopy(list(training.codec.parameters()))
+        *_, finite = train_codec.train_step(training, math.nan * wave, step)
+        assert not finite and all(map(torch.equal, before, training.codec.parameters()))
+        losses, _, finite = train_codec.train_step(training, wave, step)  # nothing has been poisoned
         assert finite and ("adversarial" in losses) == (step >= 2)
         states.append(copy.deepcopy(training.ema.state_dict()))
     for name, tensor in states[3].items():
         assert torch.equal(tensor, states[1][name]) != name.startswith("decoder"), name
-    before = copy.deepcopy(list(training.codec.parameters()))
-    *_, finite = train_codec.train_step(training, math.nan * hisses(0.25), 1)
-    assert not finite and all(map(torch.equal, before, training.codec.parameters()))
     said, bad = [], 0  # and ten of them in a row end the run
     with raises(D.UserError, match="10 steps in a row were not finite: lower lr"):
         for step in range(20):
@@ -1412,7 +1322,7 @@ def test_against_the_discriminator_codes_stay_and_a_step_that_is_not_finite_is_s
 
 
 def test_more_steps_move_the_discriminators_start_but_never_back_to_the_first_stage(training, tmp_path):
-    for step, disc_start in ((1, 7), (4, 3)):  # of 6 steps, and then of 18
+    for step, disc_start in ((1, 6), (4, 2)):  # of 6 steps, and then of 18
         torch.save(training.checkpoint(step), tmp_path / "t.pt")
         resumed = train_codec.Training(Codec(training.config), dict(training.recipe), CPU)
         assert resumed.load(str(tmp_path / "t.pt"), 18) == step
@@ -1609,13 +1519,6 @@ def run(monkeypatch, tmp_path):
     return call_main
 
 
-def test_the_next_command_names_the_data_where_it_is_not_the_default(run, made, clips, tmp_path, capsys):
-    shutil.copytree(made.out, "out", ignore=shutil.ignore_patterns("lm*"))
-    run(train_codec, "--data", clips, "--size", "test", "--resume")
-    script, args = next_command(capsys.readouterr().out)
-    assert script is train_lm and "--data" in args and args[args.index("--data") + 1] == clips
-
-
 def test_eval_only_measures_and_changes_nothing(run, made, clips, capsys):
     files = [made.out / name for name in ("codec.pt", "lm.pt", "codec.csv", "lm.csv")]
     before = [file.read_bytes() for file in files]
@@ -1692,16 +1595,25 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(stop, run, m
     assert_same_run(made.out, tmp_path / "out", name)
 
 
-def test_finished_runs_go_on_for_more_steps(run, made, clips, tmp_path):
+def test_finished_runs_go_on_for_more_steps_and_the_next_command_names_their_data(
+    run, made, clips, tmp_path, capsys
+):
     shutil.copytree(made.out, "out")
-    for script, name in ((train_codec, "codec"), (train_lm, "lm")):
-        run(script, "--data", clips, "--size", "test", "--resume", "--steps", 8)
+    script, flags = train_codec, ["--data", clips]
+    while script is not sample:
+        name = script.__name__.removeprefix("train_")
+        log = tmp_path / "out" / f"{name}.csv"
+        rows = log.read_text().splitlines()
+        log.write_text("\n".join([*rows, "7" + rows[-1][1:]]))  # of a step that was never saved
+        run(script, *flags, "--size", "test", "--resume", "--steps", 8)
         old, new = (load(out / f"{name}_train.pt") for out in (made.out, tmp_path / "out"))
         assert new["step"] == new["steps"] == 8 > old["step"]
-        assert [row["step"] for row in read_csv(f"out/{name}.csv")] == list("12345678")
+        assert [row["step"] for row in read_csv(log)] == list("12345678")
         old, new = (load(out / f"{name}.pt")["model"] for out in (made.out, tmp_path / "out"))
         assert any(not torch.equal(old[key], new[key]) for key in old)
-    run(sample, "--prompt", "rain", "--seconds", 0.1)  # the two still belong together
+        script, flags = next_command(capsys.readouterr().out)
+        assert script is sample or flags[flags.index("--data") + 1] == clips
+    run(sample, *flags, "--seconds", 0.1)  # the two still belong together
 
 
 def test_a_finetuned_model_keeps_its_words_stops_resumes_and_is_sampled(run, made, clips, tmp_path, capsys):
@@ -1741,19 +1653,6 @@ def test_finetuning_a_codec_leaves_its_codes_to_the_language_model(run, made, cl
 
 # Two processes, as torchrun starts them: that takes longer than all they do, so they do it in one go.
 
-BATCHES = torch.randn(3, 2, 40, 8, generator=torch.Generator().manual_seed(0))  # steps, batch, frames, dim
-OPTIONS = [(0.0, True), (0.1, False)]  # the second goes through k-means and the revival of codes
-
-
-def learn_codebooks(batches, dead_code_threshold, inited):
-    torch.manual_seed(1)
-    quantizer = ResidualVQ(2, 16, 8, dead_code_threshold=dead_code_threshold).train()
-    for codebook in quantizer.codebooks:
-        codebook.inited.fill_(inited)
-    for z in batches:
-        quantizer(z)
-    return torch.stack([codebook.embed for codebook in quantizer.codebooks])
-
 
 def train_both(patch, clips, codec, shard):
     """A codec and a language model, whose batches do not depend on the number of processes."""
@@ -1779,10 +1678,7 @@ def in_two_processes(clips, codec):
     """What each of the two does; language models keep their optimizers in shards."""
     with pytest.MonkeyPatch.context() as patch:
         flags = train_both(patch, clips, codec, shard=True)
-        rank = dist.get_rank()
-        learnt = [learn_codebooks(BATCHES[:, rank : rank + 1], *options) for options in OPTIONS]
-        torch.save(learnt, f"codebooks{rank}.pt")
-        with stop_at(3) if rank == 1 else contextlib.nullcontext():
+        with stop_at(3) if dist.get_rank() == 1 else contextlib.nullcontext():
             call_main(train_lm, *flags, "--out", "halves")
         dist.barrier()  # the first one has saved
         call_main(train_lm, *flags, "--out", "halves", "--resume")
@@ -1810,12 +1706,6 @@ def two(clips, made, tmp_path_factory):
     done = start(driver, clips, made.out / "codec.pt", cwd=folder, torchrun=True)
     assert done.returncode == 0, done.stderr.decode()[-6000:]
     return folder, done.stdout.decode()
-
-
-def test_two_processes_learn_the_codebooks_of_one(two):
-    for a, b, options in zip(load(two[0] / "codebooks0.pt"), load(two[0] / "codebooks1.pt"), OPTIONS):
-        assert_close(a, learn_codebooks(BATCHES, *options), rtol=1e-4, atol=1e-5)  # each saw half of a batch
-        assert torch.equal(a, b)
 
 
 def test_two_processes_train_the_models_of_one(two, made, clips, tmp_path, monkeypatch):
@@ -1872,15 +1762,11 @@ def test_the_codes_that_are_continued_end_where_the_recording_ends(samples, fram
 
 @pytest.fixture(scope="session")
 def weights(codecs, tmp_path_factory):
-    """Untrained weights that are louder than at their start: words, seeds and flags all change the sound."""
     folder = tmp_path_factory.mktemp("weights")
     torch.save(codecs[4].checkpoint(), folder / "codec.pt")
     torch.manual_seed(0)
     tokenizer = D.Tokenizer.train(["rain", "wind", "a dog barks"], 300)
-    lm = AudioLM(LMConfig(4, "test", vocab_size=tokenizer.vocab_size))
-    with torch.no_grad():
-        for p in lm.parameters():
-            p.mul_(6 if p.dim() >= 2 else 1)
+    lm = made_louder(AudioLM(LMConfig(4, "test", vocab_size=tokenizer.vocab_size)))
     lm.tokenizer, lm.codec_hash = tokenizer.to_tensor(), codecs[4].hash()
     lm.words = D.words_of("Rain, wind; a dog barks")
     torch.save(lm.checkpoint(), folder / "lm.pt")
@@ -1990,22 +1876,19 @@ REFUSED = """
 train_codec --data nowhere.csv                          nowhere.csv
 train_codec --data hollow                               hollow
 train_codec --data notes.pdf                            notes.pdf
-train_codec --data binary.csv                           binary.csv
 train_codec --data wordless.csv                         wordless.csv
-train_codec --streams 3                                 1, 2, 4, 8
+train_codec --data silence/clips.csv                    a.wav
 train_codec --steps 0                                   --steps
 train_codec --device tpu                                not a device of this machine
 train_codec --out file                                  file
-train_codec --out file/below                            file
 train_codec --out busy                                  another run is writing there
 train_codec --out made                                  lm.pt
 train_codec --out learnt                                lm_train.pt
 train_codec --out new --resume                          codec_train.pt
 train_codec --out old --resume                          codec_train.pt
-train_codec --out made --resume --streams 2             'streams': 4
-train_codec --out made --resume --size tiny             'size': 'test'
 train_codec --finetune made --out new --streams 4       --size and --streams are those of
 train_codec --finetune none --out new                   none/codec.pt: no such checkpoint
+train_codec --out made --resume --size test --streams 2  'streams': 4
 train_lm --out new                                      codec.pt
 train_lm --codec bad.pt                                 bad.pt
 train_lm --out made --streams 8                         type --streams 4
@@ -2013,47 +1896,36 @@ train_lm --out made --mix 2                             --mix 2
 train_lm --out made --batch 0                           --batch
 train_lm --out made --codec out/codec.pt                another codec
 train_lm --out busy --codec out/codec.pt                another run is writing there
-train_lm --out file --codec out/codec.pt                file
 train_lm --finetune made --out new --codec out/codec.pt  made
 train_lm --finetune made --size test                    --size is that of
-train_lm --out new --codec out/codec.pt --resume        lm_train.pt
 train_lm --out old --resume                             lm_train.pt
 train_lm --out learnt --codec out/codec.pt --resume     another codec
 train_lm --out made --size tiny --resume                leave --size out
-sample --prompt ''                                      empty
 sample --prompt ' '                                     empty
 sample --seconds 1                                      --prompt
 sample --prompt rain --wat 3                            --wat
-sample --prompts nowhere.txt                            nowhere.txt
 sample --prompts latin1.txt                             UTF-8
-sample --prompt rain --seconds 0                        --seconds
 sample --prompt rain --seconds nan                      --seconds
-sample --prompt rain --seconds soon                     --seconds
 sample --prompt rain --top_p 2                          --top_p
 sample --prompt rain --top_k -1                         --top_k
 sample --prompt rain --guidance nan                     --guidance
 sample --prompt rain --seed -1                          --seed
 sample --prompt rain --seed 18446744073709551616        --seed
-sample --prompt rain --num_samples 0                    --num_samples
 sample --prompt rain --best_of 0                        --best_of
 sample --prompt rain --best_of 2 --stream               --best_of
 sample --prompt rain --prompt wind --stream             --stream
 sample --prompt rain --negative wind --guidance 1       --negative
 sample --prompt rain --keep_prefix                      --keep_prefix
+sample --continue_from no_samples.wav                   holds no samples
+sample --continue_from not_a_number.wav                 NaN
 sample --prompts long.txt                               tokens
-sample --prompt rain --device tpu                       not a device of this machine
 sample --prompt rain --out file                         file
-sample --prompt rain --out file/below                   file
 sample --prompt rain --stream no/folder/x.wav           no/folder/x.wav
-sample --prompt rain --codec nowhere.pt                 nowhere.pt
 sample --prompt rain --lm nowhere.pt                    nowhere.pt
-sample --prompt rain --codec bad.pt                     bad.pt
 sample --prompt rain --lm bad.pt --codec out/codec.pt   bad.pt
 sample --prompt rain --lm made/lm.pt --codec out/codec.pt  learnt the codes of codec
 """
 CASES = [re.split(r"\s{2,}", line) for line in REFUSED.strip().splitlines()]
-CASES += [[f"train_codec --data bad/{kind}.csv", kind] for kind in BAD_SOUNDS]
-CASES += [[f"sample --continue_from bad/{kind}.wav", kind] for kind in BAD_SOUNDS if kind != "silent"]
 
 
 @pytest.fixture(scope="module")
@@ -2063,17 +1935,18 @@ def precious(made, weights, tmp_path_factory):
     shutil.copytree(weights, folder / "out")
     shutil.copytree(made.out, folder / "made")
     shutil.copytree(made.out, folder / "learnt", ignore=shutil.ignore_patterns("lm.pt"))
-    for name in ("bad", "hollow", "old"):
+    write_table(folder / "silence", ("a.wav", np.zeros(1600, np.float32), "rain"))
+    for kind in ("no_samples", "not_a_number"):
+        BAD_SOUNDS[kind](folder / f"{kind}.wav")
+    for name in ("hollow", "old"):
         os.makedirs(folder / name)
-    for kind, make in BAD_SOUNDS.items():
-        make(folder / "bad" / f"{kind}.wav")
-        write_text(folder / "bad" / f"{kind}.csv", f"path,caption\n{kind}.wav,rain\n")
     shutil.copy(made.out / "codec.pt", folder / "old")
     for name in ("codec", "lm"):
         torch.save({"kind": f"nanoaudiogen {name} training"}, folder / "old" / f"{name}_train.pt")
     BAD_CHECKPOINTS["truncated"](folder / "bad.pt")
-    texts = {"file": b"", "notes.pdf": b"words", "binary.csv": b"\0\1\2" * 99, "wordless.csv": b"length\n3\n"}
-    for name, content in (texts | {"latin1.txt": b"Gr\xfc\xdfe", "long.txt": b"a dog barks " * 99}).items():
+    texts = {"file": b"", "notes.pdf": b"words", "wordless.csv": b"length\n3\n"}
+    texts |= {"latin1.txt": b"Gr\xfc\xdfe", "long.txt": b"a dog barks " * 99}
+    for name, content in texts.items():
         (folder / name).write_bytes(content)
     return folder, {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
