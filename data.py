@@ -208,6 +208,8 @@ SPLIT_WORDS |= dict.fromkeys(["test", "testing", "eval", "evaluation", "evaluate
 STRUCTURE = {"audio", "wav", "wavs", "flac", "mp3", "ogg", "clip", "clips", "sound", "sounds", "data", "raw"}
 STRUCTURE |= {"dataset", "file", "files", "fold", "folder", "subfolder", "recording", "recordings", "samples"}
 
+SHOWN = 10  # lines of one kind that are printed; the others are counted
+
 csv.field_size_limit(2**31 - 1)  # Python's own limit is shorter than some captions
 
 
@@ -236,6 +238,14 @@ def printable(text: str) -> str:
 def listed(names: Iterable[str]) -> str:
     """Names for an error message, with quotes and commas, as many as one line holds."""
     return textwrap.shorten(", ".join(map(repr, names)), 110, placeholder=" ...")
+
+
+def shortened(what: str, lines: list[str]) -> list[str]:
+    """The first lines of a kind, indented, and a count of the others, which preparation writes to a file."""
+    shown = [f"  {what}: {line}" for line in lines[:SHOWN]]
+    if len(lines) > SHOWN:
+        shown.append(f"  {what}: {len(lines) - SHOWN} more, see left_out.txt beside the prepared data")
+    return shown
 
 
 def kind_of(path: str) -> str:
@@ -547,7 +557,8 @@ def name_key(name: str) -> str:
 
 
 CLIP_NAME = re.compile(
-    r"\[?Y?(?P<id>[\w-]{11})\]?([-_ .]+\[?(?P<start>\d+(\.\d+)?)([-_]\d+(\.\d+)?)?\]?)?"  # of a YouTube film
+    # The id of a YouTube film, after a Y in AudioCaps, and perhaps where the clip begins and ends.
+    r"\[?Y?(?P<id>[\w-]{11})\]?([-_ .]+\[?(?P<start>\d+(\.\d+)?)([-_]\d+(\.\d+)?)?\]?)?"
     r"|(?P<number>\d+)__.+"  # as Freesound names its downloads
 )
 
@@ -573,7 +584,7 @@ class Sounds:
     def find(self, name: str, table: Table, i: int) -> list[str]:
         """The sounds of this name. Of clips from one film, row i of the table holds where they begin."""
         key = name_key(name)
-        for one in (key, key.casefold(), "Y" + key):  # AudioCaps puts a Y before each id on disk
+        for one in (key, key.casefold()):
             if one in self.index:
                 return self.index[one]
         clips = self.clips.get(key, [])
@@ -994,7 +1005,6 @@ def read_captions(source: str) -> list[tuple[str, list[str]]]:
 # Preparation: decode everything once into one file of int16 samples that training maps into memory.
 
 FORMAT = 5  # raise it when what is written changes: everything is then prepared anew
-SHOWN = 10  # lines of one kind that are printed; the rest is counted, and all of them are in left_out.txt
 
 
 @dataclass
@@ -1105,14 +1115,6 @@ def summary(source: str, clips: list[dict]) -> str:
     )
 
 
-def shortened(what: str, lines: list[str]) -> list[str]:
-    """The first lines of a kind, indented, and a count of the others."""
-    shown = [f"  {what}: {line}" for line in lines[:SHOWN]]
-    if len(lines) > SHOWN:
-        shown.append(f"  {what}: {len(lines) - SHOWN} more, see left_out.txt beside the prepared data")
-    return shown
-
-
 def read_prepared(folder: str) -> tuple[list[str], list[Clip]]:
     """The report and the clips of a prepared folder. UserError: something has damaged it since."""
     try:
@@ -1133,9 +1135,13 @@ def read_prepared(folder: str) -> tuple[list[str], list[Clip]]:
 
 # Eight pairs of everyday sounds that no training example joins: a model that can play them together has
 # learnt to compose. Each of these categories has plenty of clips in sounds/ to be learnt from alone.
-HELD_OUT_PAIRS = "dog+clock tick, dog+sea waves, rain+baby cry, fire+helicopter, bird+chainsaw, "
-HELD_OUT_PAIRS += "rooster+sea waves, rooster+helicopter, sneeze+footsteps"
-HELD_OUT_PAIRS = {frozenset(pair.split("+")) for pair in HELD_OUT_PAIRS.split(", ")}
+HELD_OUT_PAIRS = {
+    frozenset(pair.split(" + "))
+    for pair in (
+        "dog + clock tick, dog + sea waves, rain + baby cry, fire + helicopter, bird + chainsaw, "
+        "rooster + sea waves, rooster + helicopter, sneeze + footsteps"
+    ).split(", ")
+}
 
 
 def mix(a: torch.Tensor, b: torch.Tensor, snr_db: float, offset: int) -> torch.Tensor:
