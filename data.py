@@ -185,8 +185,8 @@ def save_wav(wave: torch.Tensor, path: str):
 # ----------------------------------------------------------------------------------------------------------
 # Captions: tables and folders. Data sets agree on nothing, so we decide from what the cells hold: a column
 # names files if sounds of these names exist, and holds words if its cells can be read aloud. What columns are
-# called only breaks ties. Every guess is logged; where none can be made, a UserError says what to type, which
-# each function below may raise that reads something.
+# called only breaks ties. Every guess is logged; where none can be made, a UserError says what to type:
+# any function below may raise it.
 
 AUDIO = {".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf"}
 OTHER_MEDIA = {".m4a", ".aac", ".wma", ".mp4", ".webm", ".mkv", ".mov", ".avi"}  # not for libsndfile
@@ -483,10 +483,10 @@ def looks_headless(rows: list[list[str]]) -> bool:
     below = {re.sub(r"\d", "0", cell) for row in rows[1:] for cell in row}
     for i, cell in enumerate(rows[0] if rows else []):
         shape = re.sub(r"\d", "0", cell)
-        number = re.fullmatch(r"-?0+(\.0+)?", shape) or (shape in below and shape != cell)
-        if (
-            stem(cell) != cell or len(cell) > 60 or (number and cell != str(i))
-        ):  # pandas: 0, 1, ... for a header
+        number_or_id = re.fullmatch(r"-?0+(\.0+)?", shape) or (shape in below and shape != cell)
+        if stem(cell) != cell or len(cell) > 60:
+            return True
+        if number_or_id and cell != str(i):  # pandas calls nameless columns 0, 1, ...
             return True
     return False
 
@@ -651,7 +651,8 @@ Place = tuple[int, str, str]  # how many folders of a cell are ignored, the base
 def places_of(cell: tuple[str, str], table: Table, i: int, sounds: Sounds) -> list[Place]:
     """Where the sound in a cell (folder, name) of row i may be, with as few folders ignored as possible.
 
-    If there is a sounds/dog/1.wav, 'x/dog/1' may mean it: the folder x is ignored, the base is sounds."""
+    If there is a sounds/dog/1.wav, 'x/dog/1' may mean it: the folder x is ignored, the base is sounds. The
+    same name with the same extension comes first."""
     folder, name = cell
     found = sounds.find(name, table, i) if name else []
     wanted = [name_key(part) for part in reversed(folder.split("/")) if part] if found else []
@@ -660,8 +661,8 @@ def places_of(cell: tuple[str, str], table: Table, i: int, sounds: Sounds) -> li
         there = path.split("/")[:-1]
         same = len(os.path.commonprefix([wanted, [name_key(part) for part in reversed(there)]]))
         places.append((len(wanted) - same, "/".join(there[: len(there) - same]), path))
-    fewest = min(places)[0] if places else 0
-    return [place for place in places if place[0] == fewest]
+    places.sort(key=lambda place: (place[0], os.path.basename(place[2]) != name))
+    return [place for place in places if place[0] == places[0][0]]
 
 
 def below_one_base(table: Table, places: list[list[Place]], sounds: Sounds) -> list[list[Place]]:
@@ -689,18 +690,19 @@ def below_one_base(table: Table, places: list[list[Place]], sounds: Sounds) -> l
 
 def match_column(table: Table, column: str, sounds: Sounds, given: bool) -> Match | None:
     """Which sounds a column names; None: none, or, unless the user gave it, so few that it may be chance."""
-    cells = [split_path(cell) for cell in table.columns[column]] if sounds.paths else []
-    places = [places_of(cell, table, i, sounds) for i, cell in enumerate(cells)]
-    if not any(places):
+    cells = table.columns[column]
+    # Most columns name no sound. A few cells show it, so many that ten hit one if each sound has a row.
+    step = max(1, min(len(cells) // 1000, len(sounds.paths) // 10))
+    some = range(0, len(cells), step) if sounds.paths else []
+    if not any(places_of(split_path(cells[i]), table, i, sounds) for i in some):
         return None
+    cells = [split_path(cell) for cell in cells]
+    places = [places_of(cell, table, i, sounds) for i, cell in enumerate(cells)]
     # A row that has to ignore more folders than usual would find its sound in a neighbour's folder.
     ignored = sorted(row[0][0] for row in places if row)
     places = [row if row and row[0][0] <= ignored[len(ignored) // 2] else [] for row in places]
-    paths, exact = [], 0
-    for (_, name), row in zip(cells, below_one_base(table, places, sounds)):
-        same = [path for _, _, path in row if os.path.basename(path) == name]
-        exact += len(same) > 0
-        paths.append(same[0] if same else row[0][2] if row else "")
+    paths = [row[0][2] if row else "" for row in below_one_base(table, places, sounds)]
+    exact = sum(os.path.basename(path) == name for path, (_, name) in zip(paths, cells) if path)
     found = set(paths) - {""}
     # It is no chance if most rows have their sound or, but for mere numbers, most sounds there have a row.
     numbers = all(stem(os.path.basename(path)).isdecimal() for path in found)
@@ -853,13 +855,12 @@ def table_entries(path: str, flags: Flags, notes: list) -> list[Entry]:
 def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Entry]:
     """An entry for each sound, which several rows may caption."""
     split = flags.split or find_splits(table, {match.column, *flags.words})
-    by_column = column_splits(split, table.cells(split)) if split else []
-    splits = by_column or place_splits(table.path, match.paths)
+    splits = column_splits(split, table.cells(split)) if split else place_splits(table.path, match.paths)
     if flags.split and not any(splits):
         raise UserError(f"{table.path}: column {split!r} has no train, val or test, and no folds")
     words = table
     captions, tags = (flags.words, []) if flags.words else find_words(table, {match.column, split})
-    if not (captions or tags):
+    if not (captions or tags):  # they may lie beside the sounds
         words = beside_table(match.sounds, match.paths, notes)
         captions, tags = find_words(words, set())
     if not (captions or tags):
@@ -1392,9 +1393,7 @@ def whole_number(text: str, least: int = 0) -> int:
     return int(text)
 
 
-def positive(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    return whole_number(text, 1)
+positive = functools.partial(whole_number, least=1)  # likewise: 1, 2, ...
 
 
 @contextlib.contextmanager
