@@ -1005,7 +1005,7 @@ def read_captions(source: str) -> list[tuple[str, list[str]]]:
 # ----------------------------------------------------------------------------------------------------------
 # Preparation: decode everything once into one file of int16 samples that training maps into memory.
 
-FORMAT = 5  # raise it when what is written changes: everything is then prepared anew
+FORMAT = 6  # raise it when what is written changes: everything is then prepared anew
 
 
 @dataclass
@@ -1065,7 +1065,7 @@ def write_samples(path: str, file) -> tuple[int, float]:
     begin, gain = file.tell(), 1.0
     while True:
         peak = 0.0
-        for block in read_blocks(path):
+        for block in without_opening_silence(read_blocks(path)):
             peak = max(peak, block.abs().max().item())
             file.write((gain * block).clamp(-1, 1).mul(32767).round().short().numpy())
         if gain * peak <= 1:
@@ -1075,6 +1075,22 @@ def write_samples(path: str, file) -> tuple[int, float]:
     if peak < SILENCE:
         raise UserError(f"{path}: silent")
     return (file.tell() - begin) // 2, peak
+
+
+def without_opening_silence(blocks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Blocks (T,) of a sound from 50 ms before its first sample that is not silent.
+
+    Files are padded with silence; a model would learn that its word begins so, and stay silent."""
+    before = torch.zeros(0)
+    for block in blocks:
+        heard = (block.abs() >= SILENCE).nonzero()
+        before = torch.cat((before, block))
+        if len(heard):
+            first = len(before) - len(block) + heard[0].item()
+            yield before[max(0, first - SAMPLE_RATE // 20) :]
+            break
+        before = before[-(SAMPLE_RATE // 20) :]
+    yield from blocks
 
 
 def decode_all(entries: list[Entry], folder: str, source: str, unread: list[str]) -> None:
@@ -1185,8 +1201,9 @@ def read_crop(clip: Clip, length: int, begin: int = 0) -> torch.Tensor:
 class AudioData:
     """All sources as one list of clips, from which training draws crops.
 
-    Of 'a.csv:2' and 'b.csv' the first is drawn twice as often; without weights, each by its length. Within
-    a source, clips are drawn by their length."""
+    Of 'a.csv:2' and 'b.csv' the first is drawn twice as often; without weights, each by what it holds. Within
+    a source, a clip is drawn as often as it fills crops, and a shorter one as often as if it filled one: by
+    their mere length, doors and knocks would hardly ever be heard beside rain."""
 
     def __init__(self, sources: list[str], folder: str, log: Callable = print, **columns):
         parts, weights = [], []
@@ -1201,11 +1218,9 @@ class AudioData:
         if not self.train:
             raise UserError(f"{' '.join(sources)}: all clips are for testing; name training clips as well")
         log(f"training on {len(self.train)} clips, validating on {len(self.val)}")
-        chance = []
-        for part, weight in zip(parts, weights):
-            sizes = np.array([clip.length for clip in part if clip.split != "val"], float)
-            chance.append((weight or 1.0) * sizes / max(1, sizes.sum()) if any(weights) else sizes)
-        self.cumulative = np.cumsum(np.concatenate(chance) / np.concatenate(chance).sum())
+        lengths = [np.array([clip.length for clip in part if clip.split != "val"], float) for part in parts]
+        self.sources = list(zip(lengths, weights)) if any(weights) else [(np.concatenate(lengths), 1.0)]
+        self.cumulative: dict[int, np.ndarray] = {}  # by the length of the crops, see `chances`
 
     @classmethod
     def from_flags(cls, args, log: Callable = print) -> "AudioData":
@@ -1213,16 +1228,26 @@ class AudioData:
         columns = {"files": args.files, "words": args.words, "split_column": args.split_column}
         return cls(args.data, args.out, log, **columns)
 
+    def chances(self, length: int) -> np.ndarray:
+        """For crops of `length` samples, the chance that one of the first n training clips is drawn (n,)."""
+        if length not in self.cumulative:
+            crops = [(np.maximum(lengths, length), weight or 1.0) for lengths, weight in self.sources]
+            chance = np.concatenate([weight * n / max(1, n.sum()) for n, weight in crops])
+            self.cumulative[length] = np.cumsum(chance / chance.sum())
+        return self.cumulative[length]
+
     def draw(self, length: int, rng: np.random.Generator, min_level: float = 0.0, partner=None) -> Crop:
-        """A random crop of a random training clip, and one of the clip's captions.
+        """A random crop of a random training clip, and one of the clip's captions. A short clip sounds within
+        the first tenth of its crop, and silence follows: a word is not to be answered by silence first.
 
         It is drawn again while it is silent, may not be mixed with the clip `partner`, or stays below
         `min_level` times the peak of its clip: it would lack what the caption speaks of. The twentieth is
         taken as it is."""
         for _ in range(20):
-            clip = self.train[np.searchsorted(self.cumulative[:-1], rng.random(), "right")]
+            clip = self.train[np.searchsorted(self.chances(length)[:-1], rng.random(), "right")]
             spare = clip.length - length
-            begin = int(np.sign(spare) * rng.integers(abs(spare) + 1))  # a short clip lies anywhere in it
+            least = 0 if spare >= 0 else max(spare, -(length // 10))
+            begin = int(rng.integers(least, max(0, spare) + 1))
             wave = read_crop(clip, length, begin)
             allowed = partner is None or may_mix(clip, partner)
             if allowed and wave.abs().max() >= max(SILENCE, min_level * clip.peak):
@@ -1310,6 +1335,11 @@ def pick(items: list, rng: np.random.Generator):
 
 # ----------------------------------------------------------------------------------------------------------
 # The tokenizer
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text, in lower case and in their order, each once."""
+    return list(dict.fromkeys(re.findall(r"[^\W\d_]+", text.lower())))
 
 
 class Tokenizer:
@@ -1450,6 +1480,27 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda" or (device.type == "cpu" and native and native()):
         return torch.bfloat16
     return torch.float32
+
+
+def choose_threads(asked: int | None, device: torch.device, work: Callable, say: Callable) -> None:
+    """Set how many threads a CPU uses: as many as asked; else all, or one where `work` is done sooner by one.
+
+    Threads wait for each other after every operation. Where another program holds one of the cores, all of
+    them wait for that core: two threads then took thirteen times as long as one."""
+    every = torch.get_num_threads()
+    if asked or every == 1 or device.type != "cpu":
+        return torch.set_num_threads(asked or every)
+    work()  # the first call sets things up
+    seconds = {every: 0.0, 1: 0.0}
+    for n in (every, 1, every, 1):
+        torch.set_num_threads(n)
+        began = time.perf_counter()
+        work()
+        seconds[n] += time.perf_counter() - began
+    best = min(seconds, key=seconds.get)
+    torch.set_num_threads(best)
+    if best == 1:
+        say(f"! one thread is {seconds[every] / seconds[1]:.1f} times as fast as {every}: the cores are busy")
 
 
 def autocast(device: torch.device) -> torch.autocast:

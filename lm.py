@@ -209,7 +209,7 @@ class AudioLM(nn.Module):
     def __init__(self, cfg: LMConfig):
         super().__init__()
         self.cfg = cfg
-        self.tokenizer, self.codec_hash = None, None
+        self.tokenizer, self.words, self.codec_hash = None, [], None
         self.text_encoder = TextEncoder(cfg)
         self.wte = nn.Embedding(cfg.streams * cfg.codebook_size, cfg.n_embd)  # K tables, one after the other
         self.bos = nn.Parameter(0.02 * torch.randn(cfg.n_embd))
@@ -380,6 +380,21 @@ class AudioLM(nn.Module):
                 made, room = made + n, room - n
                 yield history[:, :, -n:]
 
+    @torch.no_grad()
+    def text_evidence(self, text, codes, negative=None):
+        """How much better their text (B, N) explains codes (B, K, F) than no text does, in nats: (B,).
+
+        It is the sum of log p(v | text) - log p(v) over streams and frames; `negative` (B, N) takes the place
+        of no text. What is longer than the model reads is judged window by window."""
+        without = torch.zeros_like(text) if negative is None else negative
+        u, u_without = self.text_encoder(text), self.text_encoder(without)
+        evidence = torch.zeros(len(codes), device=codes.device)
+        for part in codes.split(self.cfg.max_frames, 2):
+            for sign, words in ((1, u), (-1, u_without)):
+                logp = self.predict(words, part).float().log_softmax(-1)  # (B, K, F, V)
+                evidence += sign * logp.gather(-1, part[..., None]).sum((1, 2, 3))
+        return evidence
+
     def read_text(self, text, guidance: float, negative=None):
         """What sampling needs of the texts (B, N), once: u (2 B, N, d), with text and, for guidance, without;
         what each block's cross-attention reads of it; and an empty cache (L, 2, 2 B, H, S, d / H)."""
@@ -427,6 +442,7 @@ class AudioLM(nn.Module):
             "config": asdict(self.cfg),
             "model": self.state_dict(),
             "tokenizer": self.tokenizer,
+            "words": self.words,
             "codec_hash": self.codec_hash,
         }
 
@@ -441,6 +457,7 @@ class AudioLM(nn.Module):
             lm = AudioLM(LMConfig(**checkpoint["config"]))
             lm.load_state_dict(checkpoint["model"])
             lm.tokenizer, lm.codec_hash = checkpoint["tokenizer"], checkpoint["codec_hash"]
+            lm.words = checkpoint.get("words", [])
         except (KeyError, TypeError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise LMError(f"{path}: of another version ({reason}): train it again") from None

@@ -3,6 +3,7 @@
     python sample.py --prompt "a dog barks in the rain"                   a WAV and a page to listen to
     python sample.py --prompt "rain" --prompt "a bell" --num_samples 3    several prompts, three sounds each
     python sample.py --prompts prompts.txt --seconds 10                   longer than trained
+    python sample.py --prompt "a cat" --best_of 8                         of eight sounds the one most like it
     python sample.py --prompt "footsteps" --continue_from start.wav       go on from a recording
     python sample.py --prompt "sea waves" --stream | aplay                hear it while it is made
 
@@ -13,6 +14,7 @@ works offline.
 
 import base64
 import contextlib
+import difflib
 import html
 import itertools
 import os
@@ -29,7 +31,7 @@ from codec import Codec, CodecError, MelLoss
 from lm import AudioLM, LMError
 
 LIMITS = {"seconds": (0.01, 600), "num_samples": (1, 1000), "guidance": (-100, 100)}
-LIMITS |= {"temperature": (0, 10), "top_p": (0, 1), "top_k": (0, 2048)}
+LIMITS |= {"temperature": (0, 10), "top_p": (0, 1), "top_k": (0, 2048), "best_of": (1, 32)}
 CACHE_BYTES = 2**30  # of keys and values at once: more sounds than fit are made one batch after the other
 
 
@@ -41,6 +43,9 @@ def get_args():
     add("--prompts", help="text file with a prompt per line")
     add("--seconds", type=float, default=5.0)
     add("--num_samples", type=D.positive, default=1, help="sounds per prompt, each with the next seed")
+    add(
+        "--best_of", type=int, default=1, help="make so many for each sound, keep what its words explain best"
+    )
     add("--seed", type=D.whole_number, default=0)
     add("--guidance", type=float, default=3.0, help="how strongly words weigh: 1 as learnt")
     add("--temperature", type=float, default=1.0, help="below 1 safer, above 1 wilder, 0 likeliest")
@@ -54,6 +59,7 @@ def get_args():
     add("--codec", help="codec checkpoint (default: beside the language model)")
     add("--lm", help="language model checkpoint (default: the newest in out/, else pretrained/)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--threads", type=D.positive, help="of a CPU (default: all, or one where that is faster)")
     args = parser.parse_args()
     if args.prompts:
         args.prompt += read_prompts(args.prompts)
@@ -63,8 +69,10 @@ def get_args():
         if not low <= getattr(args, name) <= high:
             raise D.UserError(f"--{name} {getattr(args, name)}: expected a number from {low} to {high}")
     args.prompt = args.prompt or [""]  # a continuation needs no words
-    if args.stream and len(args.prompt) * args.num_samples > 1:
-        raise D.UserError("--stream plays one sound: give one --prompt and leave out --num_samples")
+    if args.stream and len(args.prompt) * args.num_samples * args.best_of > 1:
+        raise D.UserError(
+            "--stream plays one sound: give one --prompt and leave out --num_samples and --best_of"
+        )
     if args.negative and args.guidance == 1:
         raise D.UserError("--negative does nothing at --guidance 1: give another guidance, such as 3")
     if args.keep_prefix and not args.continue_from:
@@ -185,15 +193,41 @@ def load_prefix(path: str, codec, lm, device):
     return wave, codec.encode(wave[None, -frames * codec.cfg.hop :].to(device))
 
 
-def check_lengths(tokenizer, prompts: list[str], max_text_len: int) -> None:
-    """UserError: a prompt is longer than the model reads."""
+def load_models(args, device, say):
+    """The codec, the language model, ready for sampling, and its tokenizer."""
+    lm_path, codec_path = find_weights(args)
+    codec = Codec.load(codec_path, device)
+    lm = AudioLM.load(lm_path, device, codec.hash())
+    tokenizer = D.Tokenizer(lm.tokenizer)
+    # A frame takes as long as reading the weights once: bfloat16, where it is fast, halves them, and `pack`
+    # stores them in the order in which a CPU's kernel reads them.
+    lm = lm.to(D.fast_dtype(device)).pack()
+    nothing = tokenizer.batch([""], lm.cfg.max_text_len).to(device)
+    D.choose_threads(args.threads, device, lambda: lm.generate(nothing, 2), say)
+    say(f"{lm_path} and {codec_path} on {device}, {str(lm.bos.dtype)[6:]}")
+    return codec, lm, tokenizer
+
+
+def check_words(prompts: list[str], tokenizer, lm, say) -> None:
+    """Say which words no caption had, and which are spelled like them. UserError: a prompt is longer than
+    the model reads."""
     for prompt in prompts:
         tokens = len(tokenizer.encode(prompt))
-        if tokens > max_text_len:
+        if tokens > lm.cfg.max_text_len:
             raise D.UserError(
-                f"the prompt {prompt[:40]!r}... has {tokens} tokens, the model reads {max_text_len}: "
+                f"the prompt {prompt[:40]!r}... has {tokens} tokens, the model reads {lm.cfg.max_text_len}: "
                 "use fewer words"
             )
+    for word in D.words_of(" ".join(prompts)):
+        if lm.words and word not in lm.words:
+            nearest = difflib.get_close_matches(word, lm.words, n=3)
+            like = f"the nearest are {', '.join(nearest)}" if nearest else "none is spelled like it"
+            say(f"! no caption of the training data had the word {word!r}: {like}")
+
+
+def best_of_each(n: int, evidence) -> list[int]:
+    """Of every n sounds in a row, the place of the one with the most evidence (B,)."""
+    return [i * n + int(group.argmax()) for i, group in enumerate(evidence.split(n))]
 
 
 def decode_continuation(codec, prefix, codes):
@@ -253,15 +287,8 @@ def main():
     args = get_args()
     device = D.pick_device(args.device)
     say = Say(sys.stderr if args.stream == "-" else sys.stdout)
-    lm_path, codec_path = find_weights(args)
-    codec = Codec.load(codec_path, device)
-    lm = AudioLM.load(lm_path, device, codec.hash())
-    tokenizer, max_text_len = D.Tokenizer(lm.tokenizer), lm.cfg.max_text_len
-    check_lengths(tokenizer, args.prompt + [args.negative], max_text_len)
-    # A frame takes as long as reading the weights once: bfloat16, where it is fast, halves them, and `pack`
-    # stores them in the order in which a CPU's kernel reads them.
-    lm = lm.to(D.fast_dtype(device)).pack()
-    say(f"{lm_path} and {codec_path} on {device}, {str(lm.bos.dtype)[6:]}")
+    codec, lm, tokenizer = load_models(args, device, say)
+    check_words(args.prompt + [args.negative], tokenizer, lm, say)
     os.makedirs(args.out, exist_ok=True)
     tempfile.TemporaryFile(dir=args.out).close()  # where it cannot write, say so before the work
 
@@ -270,15 +297,17 @@ def main():
     heard, prefix = None, torch.zeros(1, codec.cfg.streams, 0, dtype=torch.long, device=device)
     if args.continue_from:
         heard, prefix = load_prefix(args.continue_from, codec, lm, device)
-    wanted = [(prompt, args.seed + i) for prompt in args.prompt for i in range(args.num_samples)]
-    frames, n = max(1, round(args.seconds * codec.cfg.frame_rate)), batch_size(lm, device)
+    seeds = range(args.seed, args.seed + args.num_samples * args.best_of)
+    wanted = [(prompt, seed) for prompt in args.prompt for seed in seeds]
+    frames = max(1, round(args.seconds * codec.cfg.frame_rate))
+    n = max(1, batch_size(lm, device) // args.best_of) * args.best_of
     batches = [wanted[i : i + n] for i in range(0, len(wanted), n)]
     clips, spent = [], 0.0
     try:
         for batch in batches:
             began = D.now(device)
-            text = tokenizer.batch([prompt for prompt, _ in batch], max_text_len).to(device)
-            negative = tokenizer.batch([args.negative] * len(batch), max_text_len).to(device)
+            texts = [prompt for prompt, _ in batch] + [args.negative] * len(batch)
+            text, negative = tokenizer.batch(texts, lm.cfg.max_text_len).to(device).chunk(2)
             blocks = lm.generate_stream(
                 text,
                 frames,
@@ -291,7 +320,11 @@ def main():
                 pieces = codec.decode_stream(itertools.chain([prefix] if heard is not None else [], blocks))
                 waves = [write_stream(without_first(pieces, prefix.shape[2] * codec.cfg.hop), args.stream)]
             else:
-                waves = decode_continuation(codec, prefix, torch.cat(list(blocks), 2))
+                codes = torch.cat(list(blocks), 2)  # (B, K, F)
+                if args.best_of > 1:
+                    best = best_of_each(args.best_of, lm.text_evidence(text, codes, negative))
+                    batch, codes = [batch[i] for i in best], codes[best]
+                waves = decode_continuation(codec, prefix, codes)
             spent += D.now(device) - began
             for (prompt, seed), wave in zip(batch, waves):
                 if args.keep_prefix:

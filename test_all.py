@@ -25,6 +25,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import replace
 from types import SimpleNamespace
@@ -631,14 +632,14 @@ def test_batches_depend_on_the_generator_alone_and_draw_one_of_several_captions(
 
 def test_a_crop_says_where_in_its_clip_it_begins_and_holds_all_of_a_short_one(tmp_path):
     data = audio_data(tmp_path, ("long.wav", hiss(0.5), "rain"), ("short.wav", hiss(0.05), "wind"))
-    data.train, data.cumulative = data.clips, np.array([0.5, 1.0])
+    data.train, data.sources = data.clips, [(np.ones(2), 1.0)]
     for length in (1000, 10000):
         crops = data.batch(60, length, rng())
         assert len({crop.begin for crop in crops}) > 40
         for crop in crops:
             padded = np.pad(crop.clip.samples / 32767, length).astype(np.float32)
             assert_close(crop.wave, torch.from_numpy(padded[length + crop.begin :][:length]))
-            assert min(0, crop.clip.length - length) <= crop.begin <= max(0, crop.clip.length - length)
+            assert -length // 10 <= crop.begin <= max(0, crop.clip.length - length)
 
 
 @pytest.mark.parametrize("quiet_part, min_level, limit", [(0.0, 0.0, D.SILENCE), (0.1, 0.5, 0.2)])
@@ -646,6 +647,23 @@ def test_silent_and_too_quiet_crops_are_drawn_again(quiet_part, min_level, limit
     data = audio_data(tmp_path, ("a.wav", np.concatenate([quiet_part * hiss(2), hiss(1)]), "rain"))
     crops = data.batch(50, 1000, rng(), min_level=min_level)  # two places in three are too quiet
     assert sum(crop.wave.abs().max().item() > limit for crop in crops) >= 48
+
+
+def test_a_short_clip_is_drawn_as_often_as_if_it_filled_a_crop(tmp_path):
+    data = audio_data(tmp_path, ("long.wav", hiss(0.9), "rain"), ("short.wav", hiss(0.1), "knock"))
+    data.train, data.sources = data.clips, [(np.array([clip.length for clip in data.clips]), 1.0)]
+    for length, share in ((100, 0.1), (RATE * 3 // 10, 0.25), (RATE, 0.5)):
+        captions = [crop.caption for crop in data.batch(2000, length, rng())]
+        assert captions.count("knock") / 2000 == approx(share, abs=0.045)
+
+
+@pytest.mark.parametrize("silence", [0, 0.03, 0.5, 1.7])
+def test_silence_before_a_sound_is_cut_off(silence, tmp_path):
+    sound = np.concatenate([np.zeros(int(silence * RATE)), hiss(0.5)])
+    (clip,) = audio_data(tmp_path, ("a.wav", sound, "rain")).clips
+    kept = min(silence, 0.05) * RATE + 0.5 * RATE
+    assert clip.length == approx(kept, abs=30)  # noise may begin with some quiet samples
+    assert abs(clip.samples[-RATE // 4 :] / 32767 - hiss(0.5)[-RATE // 4 :]).max() < 1e-4
 
 
 @pytest.mark.parametrize("a, b, share", [(":2", "", 2 / 3), (":0.5", ":1.5", 1 / 4), ("", "", 1 / 5)])
@@ -690,6 +708,21 @@ def test_tokenizer_survives_the_way_through_a_tensor_and_notices_damage(tokenize
 
 # ----------------------------------------------------------------------------------------------------------
 # data.py: what the three scripts share
+
+
+@pytest.mark.parametrize("asked, slow, chosen", [(None, 2, 1), (None, 1, 2), (2, 2, 2), (1, 1, 1)])
+def test_a_cpu_uses_the_threads_that_are_asked_for_or_fewer_where_they_wait_for_each_other(
+    asked, slow, chosen
+):
+    said = []
+    torch.set_num_threads(2)
+    try:
+        D.choose_threads(
+            asked, CPU, lambda: time.sleep(0.02 * (torch.get_num_threads() == slow)), said.append
+        )
+        assert torch.get_num_threads() == chosen and len(said) == (chosen == 1 and not asked)
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_orthogonalize_keeps_singular_vectors_and_brings_singular_values_near_one(monkeypatch):
@@ -1330,13 +1363,29 @@ def test_a_prefix_is_continued_and_not_repeated(length, lm):
     assert torch.equal(made[:, :, 0], next_logits(lm, prefix[:, :, -12:]).argmax(-1))
 
 
+def test_evidence_of_a_text_is_its_likelihood_over_that_of_no_text(lm):
+    codes, words, none = random_codes(20), TEXT.flip(0), torch.zeros_like(TEXT)
+    given, free = (
+        F.cross_entropy(lm(codes, text)[0].movedim(3, 1), codes, reduction="none") for text in (words, none)
+    )
+    evidence = lm.text_evidence(words, codes)
+    assert_close(evidence, (free - given).sum((1, 2)), rtol=1e-4, atol=1e-3)
+    assert_close(
+        lm.text_evidence(words[1:], codes[1:]), evidence[1:], rtol=1e-4, atol=1e-3
+    )  # whatever the company
+    assert_close(lm.text_evidence(words, codes, negative=words), torch.zeros(2), rtol=0, atol=1e-3)
+    longer = random_codes(44)  # two windows, of which the first is full
+    windows = [lm.text_evidence(words, part) for part in longer.split(24, 2)]
+    assert_close(lm.text_evidence(words, longer), sum(windows), rtol=1e-4, atol=1e-3)
+
+
 def test_lm_and_all_it_carries_survive_a_checkpoint(lm, codes, tokenizer, tmp_path):
-    lm.tokenizer, lm.codec_hash = tokenizer.to_tensor(), "abc"
+    lm.tokenizer, lm.words, lm.codec_hash = tokenizer.to_tensor(), ["dog"], "abc"
     torch.save(lm.checkpoint(), tmp_path / "lm.pt")
     again = AudioLM.load(tmp_path / "lm.pt", codec_hash="abc")
     assert torch.equal(again(codes, TEXT)[0], lm(codes, TEXT)[0]) and not again.training
     assert D.Tokenizer(again.tokenizer).encode("a dog") == tokenizer.encode("a dog")
-    assert again.codec_hash == "abc" and again.cfg == lm.cfg
+    assert again.codec_hash == "abc" and again.words == ["dog"] and again.cfg == lm.cfg
     with raises(LMError, match="codec abc, not of xyz"):
         AudioLM.load(tmp_path / "lm.pt", codec_hash="xyz")
 
@@ -1372,7 +1421,7 @@ def test_learning_rates_rise_fall_and_end_at_nothing():
 @pytest.fixture
 def training():
     torch.manual_seed(0)
-    return train_codec.Training(CodecConfig(4, "test"), dict(train_codec.RECIPES["test"]), CPU)
+    return train_codec.Training(Codec(CodecConfig(4, "test")), dict(train_codec.RECIPES["test"]), CPU)
 
 
 def test_every_parameter_has_one_optimizer_and_muon_the_matrices(lm, training):
@@ -1406,9 +1455,9 @@ def test_against_the_discriminator_codes_stay_and_a_step_that_is_not_finite_is_s
 
 
 def test_more_steps_move_the_discriminators_start_but_never_back_to_the_first_stage(training, tmp_path):
-    for step, disc_start in ((1, 6), (4, 2)):  # of 6 steps, and then of 18
+    for step, disc_start in ((1, 7), (4, 3)):  # of 6 steps, and then of 18
         torch.save(training.checkpoint(step), tmp_path / "t.pt")
-        resumed = train_codec.Training(training.config, dict(training.recipe), CPU)
+        resumed = train_codec.Training(Codec(training.config), dict(training.recipe), CPU)
         assert resumed.load(str(tmp_path / "t.pt"), 18) == step
         assert resumed.recipe["steps"] == 18 and resumed.disc_start == disc_start
 
@@ -1503,13 +1552,13 @@ def test_the_text_window_fits_captions_and_mixtures_or_the_share_that_is_cut_is_
 
 
 def test_a_batch_is_shared_by_processes_and_micro_batches():
-    args = SimpleNamespace(size="test", steps=None, batch=12, micro=4)
+    args = SimpleNamespace(finetune=None, steps=None, batch=12, micro=4)
     for world_size, micro, accumulate in ((1, 4, 3), (2, 3, 2), (4, 3, 1)):
         recipe = train_lm.choose_recipe(args, "test", CPU, world_size)
         assert (recipe["micro"], recipe["accumulate"]) == (micro, accumulate)
-    for choose, some in ((train_lm.choose_recipe, ["test"]), (train_codec.choose_recipe, [])):
+    for choose, device in ((train_lm.choose_recipe, [CPU]), (train_codec.choose_recipe, [])):
         with raises(D.UserError, match="--batch 12: cannot be shared by 5 processes"):
-            choose(args, *some, CPU, 5)
+            choose(args, "test", *device, 5)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1719,6 +1768,20 @@ def test_a_finetuned_model_keeps_its_words_stops_resumes_and_is_sampled(run, mad
     assert os.path.join("out", "halves", "lm.pt") in capsys.readouterr().out  # the newest below out/
 
 
+def test_finetuning_a_codec_leaves_its_codes_to_the_language_model(run, made, clips, tmp_path):
+    shutil.copytree(made.out, "out")
+    flags = ["--data", clips, "--finetune", made.out, "--steps", 3]
+    run(train_codec, *flags)  # over its own codec, beside the language model
+    old, new = (load(out / "codec.pt")["model"] for out in (made.out, tmp_path / "out"))
+    changed = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {"decoder"}
+    run(sample, "--prompt", "rain", "--seconds", 0.1)
+    with stop_at(3):
+        run(train_codec, *flags, "--out", "halves")
+    run(train_codec, *flags, "--out", "halves", "--resume")
+    assert_same_run(tmp_path / "out", tmp_path / "halves", "codec")
+
+
 # Two processes, as torchrun starts them: that takes longer than all they do, so they do it in one go.
 
 BATCHES = torch.randn(3, 2, 40, 8, generator=torch.Generator().manual_seed(0))  # steps, batch, frames, dim
@@ -1862,6 +1925,7 @@ def weights(codecs, tmp_path_factory):
         for p in lm.parameters():
             p.mul_(6 if p.dim() >= 2 else 1)
     lm.tokenizer, lm.codec_hash = tokenizer.to_tensor(), codecs[4].hash()
+    lm.words = D.words_of("Rain, wind; a dog barks")
     torch.save(lm.checkpoint(), folder / "lm.pt")
     return folder
 
@@ -1885,6 +1949,22 @@ def test_several_sounds_are_made_in_batches_each_by_its_own_seed(make, monkeypat
     several = make("--prompt", "rain", "--prompts", prompts, "--num_samples", 3, "--seed", 3)
     assert len(several) == 9 and len({wave.tobytes() for wave in several}) == 9
     np.testing.assert_allclose(several[4], make("--prompt", "wind", "--seed", 4)[0], rtol=0, atol=1e-3)
+
+
+def test_the_best_of_several_sounds_is_the_one_with_the_most_evidence(make, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "batch_size", lambda *_: 5)  # two sounds of two candidates at once
+    evidence = lambda lm, text, *_: torch.tensor([0.0, 1.0, 1.0, 0.0])[: len(text)]  # noqa: E731
+    monkeypatch.setattr(AudioLM, "text_evidence", evidence)
+    best = make("--prompt", "rain", "--num_samples", 3, "--best_of", 2, "--seed", 4)
+    assert re.findall(r"rain \(seed (\d)\)", capsys.readouterr().out) == ["5", "6", "9"]
+    np.testing.assert_allclose(best[1], make("--prompt", "rain", "--seed", 6)[0], rtol=0, atol=1e-3)
+
+
+def test_words_that_no_caption_had_are_named_with_those_like_them(make, capsys):
+    make("--prompt", "Dogs, rain and xylophones")
+    said = capsys.readouterr().out
+    assert "'dogs': the nearest are dog" in said and "'xylophones': none is spelled like it" in said
+    assert "'rain'" not in said and "'and'" in said
 
 
 def test_sample_obeys_negative_guidance_and_temperature(make):
@@ -1967,6 +2047,8 @@ train_codec --out new --resume                          codec_train.pt
 train_codec --out old --resume                          codec_train.pt
 train_codec --out made --resume --streams 2             'streams': 4
 train_codec --out made --resume --size tiny             'size': 'test'
+train_codec --finetune made --out new --streams 4       --size and --streams are those of
+train_codec --finetune none --out new                   none/codec.pt: no such checkpoint
 train_lm --out new                                      codec.pt
 train_lm --codec bad.pt                                 bad.pt
 train_lm --out made --streams 8                         type --streams 4
@@ -1996,6 +2078,8 @@ sample --prompt rain --guidance nan                     --guidance
 sample --prompt rain --seed -1                          --seed
 sample --prompt rain --seed 18446744073709551616        --seed
 sample --prompt rain --num_samples 0                    --num_samples
+sample --prompt rain --best_of 0                        --best_of
+sample --prompt rain --best_of 2 --stream               --best_of
 sample --prompt rain --prompt wind --stream             --stream
 sample --prompt rain --negative wind --guidance 1       --negative
 sample --prompt rain --keep_prefix                      --keep_prefix

@@ -70,6 +70,7 @@ def get_args():
     add("--mix", type=float, default=0.5, help="share of examples that mix two clips")
     add("--guidance", type=float, default=3.0, help="of the sounds made for evaluation")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--threads", type=D.positive, help="of a CPU (default: all, or one where that is faster)")
     add("--seed", type=D.whole_number, default=0)
     add("--resume", action="store_true", help="go on from lm_train.pt in --out, with --steps for longer")
     add("--eval_only", action="store_true", help="measure lm.pt in --out and stop")
@@ -393,7 +394,7 @@ def resume(args, path: str, codec, device):
 
     UserError: it learnt the codes of another codec, or --size says otherwise."""
     saved = load_checkpoint(path, "nanoaudiogen lm training")
-    if "step" not in saved or "max_frames" not in saved.get("config", {}):
+    if "words" not in saved:
         raise D.UserError(f"{path}: of another version: choose another --out for a new run")
     if saved["codec_hash"] != codec.hash():
         raise D.UserError(
@@ -404,7 +405,7 @@ def resume(args, path: str, codec, device):
         raise D.UserError(f"{path}: was started with --size {saved['config']['size']}: leave --size out")
     lm = AudioLM(LMConfig(**saved["config"]))
     lm.load_state_dict(saved["model"])
-    lm.tokenizer, lm.codec_hash = saved["tokenizer"], saved["codec_hash"]
+    lm.tokenizer, lm.words, lm.codec_hash = saved["tokenizer"], saved["words"], saved["codec_hash"]
     return saved, lm.to(device)
 
 
@@ -452,6 +453,8 @@ def main():
     path, resume_path, wavs = (os.path.join(args.out, name) for name in ("lm.pt", "lm_train.pt", "lm_wavs"))
     lock = D.lock_folder(args.out) if is_main else None  # noqa: F841 (held until the process ends)
     codec, codec_path, lm = load_models(args, device)
+    second = torch.zeros(1, D.SAMPLE_RATE, device=device)
+    D.choose_threads(args.threads, device, lambda: codec.encode(second), say)
 
     # Data, and the held-out clips as codes: they do not change.
     data = D.first_then_all(lambda: D.AudioData.from_flags(args, log=say))
@@ -472,6 +475,7 @@ def main():
     size = lm.cfg.size if lm else args.size or ("base" if device.type == "cuda" else "tiny")
     recipe = choose_recipe(args, size, device, world_size)
     lm = lm or new_model(args, recipe, codec, data, size, device)
+    lm.words = sorted({*lm.words, *D.words_of(" ".join(c for clip in data.train for c in clip.captions))})
     t = Training(lm, recipe, device, rank, world_size)
     start = t.load(saved, args.steps) if saved else 0
     log = D.Log(os.path.join(args.out, "lm.csv"), start) if is_main else None

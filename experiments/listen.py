@@ -1,0 +1,101 @@
+"""A page to listen to: for each word a real recording, the same through the codec, and what the model makes.
+
+    python experiments/listen.py --out assets/listen.html
+    python experiments/listen.py --words "dog,rain,bell" --lm out/lm.pt --codec out/codec.pt --out listen.html
+
+The page needs no other file. Its sounds are MP3s, a tenth of the size of WAVs.
+"""
+
+import base64
+import html
+import io
+import os
+import sys
+
+import soundfile
+import torch
+from common import LENGTH, by_category, from_words, prompt, through
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import data as D
+from codec import Codec, CodecError
+from lm import AudioLM, LMError
+from sample import png, spectrogram
+
+WORDS = "dog,rooster,baby cry,sneeze,footsteps,clock tick,rain,thunder,sea waves,fire,helicopter,car engine"
+COLUMNS = ("a real recording", "through the codec", "from the words alone")
+STYLE = """<style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+table { width: 100%; border-spacing: .5rem; table-layout: fixed }
+th { text-align: left; font-weight: 600 }
+th:first-child { width: 7rem }
+img { width: 100%; height: 5rem; display: block; border-radius: 6px 6px 0 0 }
+audio { width: 100%; height: 2rem }
+</style>"""
+
+
+def mp3(wave) -> bytes:
+    """Wave (T,) as an MP3."""
+    file = io.BytesIO()
+    soundfile.write(file, wave.clamp(-1, 1).numpy(), D.SAMPLE_RATE, format="MP3")
+    return file.getvalue()
+
+
+def cell(name: str, wave) -> str:
+    """A spectrogram with a player below it."""
+    picture = base64.b64encode(png(spectrogram(wave, 240))).decode()
+    sound = base64.b64encode(mp3(wave)).decode()
+    return (
+        f"<td><img alt='spectrogram of {html.escape(name)}' src='data:image/png;base64,{picture}'>"
+        f"<audio controls preload=none src='data:audio/mpeg;base64,{sound}'></audio></td>"
+    )
+
+
+def page(rows: list[tuple], note: str) -> str:
+    """Rows are (words, waves of the three columns)."""
+    parts = ["<!doctype html><html lang=en><meta charset=utf-8>"]
+    parts += ["<meta name=viewport content='width=device-width'>", "<title>nanoAudioGen</title>", STYLE]
+    parts += [f"<h1>nanoAudioGen</h1><p>{html.escape(note)}</p><table>"]
+    parts.append("<tr><th>" + "".join(f"<th>{column}" for column in COLUMNS))
+    for words, waves in rows:
+        cells = [cell(f"{words}, {column}", wave) for column, wave in zip(COLUMNS, waves)]
+        parts += [f"<tr><th>{html.escape(words)}", *cells]
+    return "\n".join([*parts, "</table></html>\n"])
+
+
+def main():
+    """Read the flags, make the sounds, write the page."""
+    parser = D.Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--out", required=True, help="an HTML file")
+    add("--words", default=WORDS, help="categories")
+    add("--data", default=D.SOUNDS, help="table or folder with the real clips")
+    add("--codec", default="pretrained/codec.pt")
+    add("--lm", default="pretrained/lm.pt")
+    add("--guidance", type=float, default=3.0)
+    args = parser.parse_args()
+    codec = Codec.load(args.codec)
+    lm = AudioLM.load(args.lm, codec_hash=codec.hash())
+    data = D.AudioData([args.data], "out")
+    words = [word.strip() for word in args.words.split(",")]
+    train, val = by_category(data.train, words), by_category(data.val, words)
+    for word in words:
+        if not (train[word] and val[word]):
+            raise D.UserError(f"--words {word}: {args.data} has no validation clip of it, name another")
+
+    real = torch.stack([D.read_crop(val[word][0], LENGTH) for word in words])
+    prompts = [prompt(train[word]) for word in words]
+    made = from_words(lm, codec, prompts, guidance=args.guidance)
+    note = (
+        "5 s at 16 kHz. The recordings were held out of training; the codec makes "
+        f"{codec.cfg.kbps} kbit/s of them. On the right, the first sound made of each word, at guidance "
+        f"{args.guidance:g}."
+    )
+    with open(args.out, "w", encoding="utf-8") as file:
+        file.write(page(list(zip(prompts, zip(real, through(codec, real), made))), note))
+    print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    with D.one_line_errors(CodecError, LMError):
+        main()
