@@ -159,7 +159,7 @@ def read_blocks(path: str) -> Iterator[torch.Tensor]:
             if file.format in ("OGG", "MP3") and unread > 2**16 and unread > 0.1 * os.path.getsize(path):
                 raise UserError("only its first part can be decoded")
     except (UserError, soundfile.LibsndfileError, OSError) as error:
-        why = " ".join(re.sub("^Error opening .*?>: ", "", str(error)).split())
+        why = re.sub("^Error opening .*?>: ", "", str(error))
         raise UserError(f"{path}: cannot be read ({why}); export it again as WAV, FLAC or OGG") from None
 
 
@@ -185,13 +185,14 @@ def save_wav(wave: torch.Tensor, path: str):
 # ----------------------------------------------------------------------------------------------------------
 # Captions: tables and folders. Data sets agree on nothing, so we decide from what the cells hold: a column
 # names files if sounds of these names exist, and holds words if its cells can be read aloud. What columns are
-# called only breaks ties. Every guess is logged; where none can be made, one line says what to type.
+# called only breaks ties. Every guess is logged; where none can be made, a UserError says what to type:
+# any function below may raise it.
 
 AUDIO = {".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf"}
 OTHER_MEDIA = {".m4a", ".aac", ".wma", ".mp4", ".webm", ".mkv", ".mov", ".avi"}  # not for libsndfile
 MEDIA = tuple(AUDIO | OTHER_MEDIA)
 TABLES = {".csv", ".tsv", ".json", ".jsonl"}
-NO_TABLES = {".parquet", ".xlsx", ".xls", ".ods", ".pkl", ".yaml", ".yml", ".tar", ".tgz", ".zip", ".gz"}
+NO_TABLES = {".parquet", ".xlsx", ".xls", ".ods", ".pkl", ".yaml", ".yml", ".tar", ".tgz", ".zip"}
 
 # What columns of words are called, as patterns: of captions as they are, of one class, of tags to be joined.
 # Where several columns hold words, the first pattern decides.
@@ -206,6 +207,8 @@ SPLIT_WORDS |= dict.fromkeys(["test", "testing", "eval", "evaluation", "evaluate
 # Folders that are called so are no class of sounds.
 STRUCTURE = {"audio", "wav", "wavs", "flac", "mp3", "ogg", "clip", "clips", "sound", "sounds", "data", "raw"}
 STRUCTURE |= {"dataset", "file", "files", "fold", "folder", "subfolder", "recording", "recordings", "samples"}
+
+SHOWN = 10  # lines of one kind that are printed; the others are counted
 
 csv.field_size_limit(2**31 - 1)  # Python's own limit is shorter than some captions
 
@@ -237,11 +240,17 @@ def listed(names: Iterable[str]) -> str:
     return textwrap.shorten(", ".join(map(repr, names)), 110, placeholder=" ...")
 
 
+def shortened(what: str, lines: list[str]) -> list[str]:
+    """The first lines of a kind, indented, and a count of the others, which preparation writes to a file."""
+    shown = [f"  {what}: {line}" for line in lines[:SHOWN]]
+    if len(lines) > SHOWN:
+        shown.append(f"  {what}: {len(lines) - SHOWN} more, see left_out.txt beside the prepared data")
+    return shown
+
+
 def kind_of(path: str) -> str:
     """The extension of a file's name in small letters: 'a.WAV' -> '.wav', 'b.csv.gz' -> '.csv'."""
-    name = path.lower()
-    inner = name.removesuffix(".gz")
-    return os.path.splitext(inner if os.path.splitext(inner)[1] in TABLES else name)[1]
+    return os.path.splitext(path.lower().removesuffix(".gz"))[1]
 
 
 def stem(name: str) -> str:
@@ -299,9 +308,11 @@ def pseudo_sentence(tags: str | list) -> str:
 
 
 def split_word(name: str) -> str:
-    """'train', 'dev', 'val' or 'test' if a name such as 'test-clean' or 'FSD50K.dev_audio' says so, or ''."""
-    words = re.findall("[a-z]+", name.lower())
-    return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "")
+    """'train', 'dev', 'val' or 'test' if a name such as 'test-clean' or 'FSD50K.dev_audio' says so, or ''.
+
+    The last such word counts, which of a path is that of the deepest folder."""
+    words = [SPLIT_WORDS[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLIT_WORDS]
+    return words[-1] if words else ""
 
 
 def sides(names: Iterable[str]) -> dict[str, str]:
@@ -340,30 +351,31 @@ def folder_splits(paths: Iterable[str]) -> dict[str, str]:
     ESC-50 has a class called 'train', but other classes beside it; another set has 'train horn'."""
     siblings = collections.defaultdict(set)
     for folder in {folder for path in paths for folder in folders_of(path)}:
-        siblings[os.path.dirname(folder)].add(folder)
+        siblings[os.path.dirname(folder)].add(os.path.basename(folder))
     splits: dict[str, str] = {}
-    for folders in siblings.values():
-        said = sides(map(os.path.basename, folders))
-        words = set(map(split_word, said))
-        exact = {split_word(name) for name in said if name.lower() in SPLIT_WORDS}
-        all_splits = "" not in words and (len(words) > 1 or len(said) == 1 and exact)
+    for above, names in siblings.items():
+        words = set(map(split_word, names))
+        exact = {split_word(name) for name in names if name.lower() in SPLIT_WORDS}
+        all_splits = "" not in words and (len(words) > 1 or len(names) == 1 and exact)
         if all_splits or ("train" in exact and len(exact) > 1):
-            splits |= {folder: said[os.path.basename(folder)] for folder in folders}
-    return {folder: split for folder, split in splits.items() if split}
+            splits |= {os.path.join(above, name): side for name, side in sides(names).items() if side}
+    return splits
 
 
-def split_of(path: str, splits: dict[str, str]) -> str:
-    """What the folders of a relative path say, by the dictionary of `folder_splits`."""
-    return next((splits[folder] for folder in folders_of(path) if folder in splits), "")
+def place_splits(source: str, paths: list[str]) -> list[str]:
+    """'train', 'val' or '' for each of a source's sounds, as names say it: of the table, or of folders.
 
-
-def name_split(path: str) -> str:
-    """What the name of a source says: of a file always, of a folder if its siblings are splits, too."""
-    folder, name = os.path.split(os.path.abspath(path))
-    if os.path.isfile(path):
-        return sides([name, *os.listdir(folder)])[name] or name_split(folder)
-    folders = [f"{entry.name}/" for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."]
-    return folder_splits(folders).get(name, "") if len(folders) > 1 else ""
+    The name of a table always counts, that of its folder if the folders beside it are splits, too."""
+    said = ""
+    if os.path.isfile(source):
+        source, name = os.path.split(source)
+        said = sides([name, *os.listdir(source)])[name]
+    above, name = os.path.split(os.path.abspath(source))
+    near = [f"{entry.name}/" for entry in os.scandir(above) if entry.is_dir() and entry.name[0] != "."]
+    if not said and len(near) > 1:
+        said = folder_splits(near).get(name, "")
+    splits = folder_splits(paths)
+    return [said or next(filter(None, map(splits.get, folders_of(path))), "") for path in paths]
 
 
 # Tables: CSV with any delimiter and JSON of any shape become columns of cells.
@@ -378,14 +390,14 @@ class Table:
     delimiter: str = ""  # '' if it was JSON
 
     def cells(self, name: str) -> list:
-        """A column. UserError: there is none of this name."""
+        """A column, which a flag may have named wrongly."""
         if name not in self.columns:
             raise UserError(f"{self.path}: has no column {name!r}, it has {listed(self.columns)}")
         return self.columns[name]
 
 
 def read_text(path: str, notes: list) -> str:
-    """The text of a table, or of a caption's file. UserError: it is none, or in an unknown encoding."""
+    """The text of a table, or of a caption's file."""
     if kind_of(path) in NO_TABLES or stem(path) != path:
         advice = "give a folder, or a CSV or JSON table, as by pandas.read_parquet(...).to_csv('clips.csv')"
         raise UserError(f"{path}: {kind_of(path)} is not read as a table; {advice}")
@@ -409,10 +421,15 @@ def read_text(path: str, notes: list) -> str:
 
 
 def read_table(path: str, notes: list) -> Table:
-    """A CSV, TSV or JSON table. UserError: it is none, has no rows, or is damaged."""
+    """A CSV, TSV or JSON table, known by its first character."""
     text = read_text(path, notes)
     try:
-        table = json_table(path, text) if text.lstrip()[:1] in ("[", "{") else csv_table(path, text)
+        if text.lstrip()[:1] in ("[", "{"):
+            # JSON lines are objects without commas between them: with commas, in brackets, they are a list.
+            data = json.loads("[" + re.sub(r"\}\s*\n\s*\{", "},{", text) + "]")
+            table = rows_table(path, json_rows(path, data[0] if len(data) == 1 else data))
+        else:
+            table = csv_table(path, text)
     except csv.Error as why:
         raise UserError(f"{path}: {why}; close that quote, or double it inside a cell") from None
     except (json.JSONDecodeError, RecursionError) as why:
@@ -432,9 +449,7 @@ def csv_rows(text: str, delimiter: str, **options) -> list[list[str]]:
 
 
 def csv_table(path: str, text: str) -> Table:
-    """Lines of text as a table, with or without comments above, with or without a header.
-
-    csv.Error: a quote is not closed; UserError: see `even_rows`."""
+    """Lines of text as a table, with or without comments above, with or without a header."""
     comments = re.match(r"(sep=.*\n)?((#.*)?\n)*", text)[0]
     text = text[len(comments) :]
     head = "\n".join(text.split("\n", 200)[:200])
@@ -457,7 +472,7 @@ def csv_table(path: str, text: str) -> Table:
         widths = collections.Counter(sorted(map(len, rows)))
         rows.insert(0, [str(i + 1) for i in range(widths.most_common(1)[0][0])])
     columns: dict[str, list] = {}
-    for name, *cells in zip(*even_rows(path, rows, delimiter)):
+    for name, *cells in itertools.zip_longest(*even_rows(path, rows, delimiter), fillvalue=""):
         name = clean_caption(name)
         columns[f"{name}_{len(columns)}" if name in columns else name] = cells
     return Table(path, columns, delimiter)
@@ -468,14 +483,16 @@ def looks_headless(rows: list[list[str]]) -> bool:
     below = {re.sub(r"\d", "0", cell) for row in rows[1:] for cell in row}
     for i, cell in enumerate(rows[0] if rows else []):
         shape = re.sub(r"\d", "0", cell)
-        number = re.fullmatch(r"-?0+(\.0+)?", shape) and cell != str(i)  # pandas numbers nameless columns
-        if number or stem(cell) != cell or len(cell) > 60 or (shape in below and shape != cell != str(i)):
+        number_or_id = re.fullmatch(r"-?0+(\.0+)?", shape) or (shape in below and shape != cell)
+        if stem(cell) != cell or len(cell) > 60:
+            return True
+        if number_or_id and cell != str(i):  # pandas calls nameless columns 0, 1, ...
             return True
     return False
 
 
 def even_rows(path: str, rows: list[list[str]], delimiter: str) -> list[list[str]]:
-    """The rows with as many cells as the header. UserError: one has more, as by a comma without quotes."""
+    """The rows, none with more cells than the header."""
     width = len(rows[0]) if rows else 0
     for number, row in enumerate(rows):
         while len(row) > width and not row[-1]:
@@ -485,37 +502,11 @@ def even_rows(path: str, rows: list[list[str]], delimiter: str) -> list[list[str
             raise UserError(f"{path}: {what}; put quotes around cells that contain {delimiter!r}")
         if len(row) > width:  # a caption with unquoted commas
             row[width - 1 :] = [f"{delimiter} ".join(row[width - 1 :])]
-        row += [""] * (width - len(row))
     return rows
 
 
-def json_table(path: str, text: str) -> Table:
-    """JSON, or JSON lines, as a table. JSONDecodeError: it is neither; UserError: see `json_rows`."""
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as why:
-        if "Extra data" not in why.msg:
-            raise
-        data = [json.loads(line) for line in text.split("\n") if line.strip()]  # one object a line
-    return rows_table(path, json_rows(path, data))
-
-
-def rows_table(path: str, rows: list[dict]) -> Table:
-    """Rows as a table; {'audio': {'path': 'a.wav'}} fills a column called audio.path."""
-
-    def flat(row: dict, above: str = "") -> dict:
-        cells: dict = {}
-        for name, cell in row.items():
-            cells |= flat(cell, f"{above}{name}.") if isinstance(cell, dict) else {above + name: cell}
-        return cells
-
-    rows = [flat(row) for row in rows]
-    names = dict.fromkeys(name for row in rows for name in row)
-    return Table(path, {name: [row.get(name) for row in rows] for name in names})
-
-
 def json_rows(path: str, data: list | dict) -> list[dict]:
-    """The rows in JSON of any shape. UserError: there are several tables, or it is keyed by column."""
+    """The rows in JSON of any shape."""
     if isinstance(data, list):
         return [row if isinstance(row, dict) else {} for row in data]
     tables = {}  # what lies below a key and is a list or a dictionary of rows
@@ -537,7 +528,21 @@ def json_rows(path: str, data: list | dict) -> list[dict]:
         rows = [{"key": key, "caption": cell} for key, cell in data.items()]
     elif kinds == {list} and len(set(map(len, data.values()))) == 1:  # {'path': [cells], 'caption': [cells]}
         rows = [dict(zip(data, cells)) for cells in zip(*data.values())]
-    return rows or [data]
+    return rows or [data]  # none of these: it is a row itself, as JSON beside a sound is
+
+
+def rows_table(path: str, rows: list[dict]) -> Table:
+    """Rows as a table; {'audio': {'path': 'a.wav'}} fills a column called audio.path."""
+
+    def flat(row: dict, above: str = "") -> dict:
+        cells: dict = {}
+        for name, cell in row.items():
+            cells |= flat(cell, f"{above}{name}.") if isinstance(cell, dict) else {above + name: cell}
+        return cells
+
+    rows = [flat(row) for row in rows]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return Table(path, {name: [row.get(name) for row in rows] for name in names})
 
 
 # Sounds: one walk of a folder, and an index of what it holds by name.
@@ -552,7 +557,8 @@ def name_key(name: str) -> str:
 
 
 CLIP_NAME = re.compile(
-    r"\[?Y?(?P<id>[\w-]{11})\]?([-_ .]+\[?(?P<start>\d+(\.\d+)?)([-_]\d+(\.\d+)?)?\]?)?"  # of a YouTube film
+    # The id of a YouTube film, after a Y in AudioCaps, and perhaps where the clip begins and ends.
+    r"\[?Y?(?P<id>[\w-]{11})\]?([-_ .]+\[?(?P<start>\d+(\.\d+)?)([-_]\d+(\.\d+)?)?\]?)?"
     r"|(?P<number>\d+)__.+"  # as Freesound names its downloads
 )
 
@@ -562,7 +568,6 @@ class Sounds:
 
     def __init__(self, root: str, files: Iterable[str]):
         files = sorted(path.replace(os.sep, "/") for path in files)
-        files = [path for path in files if not os.path.basename(path).startswith(".")]  # macOS: ._a.wav
         self.root = root
         self.paths = [path for path in files if kind_of(path) in AUDIO]
         self.others = [path for path in files if kind_of(path) not in AUDIO]
@@ -579,7 +584,7 @@ class Sounds:
     def find(self, name: str, table: Table, i: int) -> list[str]:
         """The sounds of this name. Of clips from one film, row i of the table holds where they begin."""
         key = name_key(name)
-        for one in (key, key.casefold(), "Y" + key):  # AudioCaps puts a Y before each id on disk
+        for one in (key, key.casefold()):
             if one in self.index:
                 return self.index[one]
         clips = self.clips.get(key, [])
@@ -594,7 +599,7 @@ class Sounds:
 
 
 def walk(root: str) -> Sounds:
-    """All that lies in a folder and below."""
+    """All that lies in a folder and below, but what is hidden."""
     files, visited = [], set()
     for where, below, names in os.walk(root, followlinks=True):
         if os.path.realpath(where) in visited:  # a link to a folder above would lead in circles
@@ -602,14 +607,15 @@ def walk(root: str) -> Sounds:
             continue
         visited.add(os.path.realpath(where))
         below[:] = sorted(name for name in below if not name.startswith((".", "__MACOSX")))
-        files += [os.path.relpath(os.path.join(where, name), root) for name in names]
+        files += [os.path.relpath(os.path.join(where, name), root) for name in names if name[0] != "."]
     return Sounds(root, files)
 
 
-def look(root: str, folders: set[str]) -> Sounds:
-    """All that lies in these folders of `root`, and not below them."""
-    found = [glob.glob(os.path.join(glob.escape(os.path.join(root, folder)), "*")) for folder in folders]
-    return Sounds(root, [path.removeprefix(os.path.join(root, "")) for path in itertools.chain(*found)])
+def look(root: str, written: Iterable[str]) -> Sounds:
+    """What lies in the folders of paths that are written as seen from `root`."""
+    folders = {os.path.join(root, split_path(path)[0], "") for path in written}
+    found = [path for folder in folders for path in glob.glob(glob.escape(folder) + "*")]
+    return Sounds(root, [path.removeprefix(os.path.join(root, "")) for path in found])
 
 
 # A match: the column of a table that names sounds, and which.
@@ -624,14 +630,13 @@ class Match:
     paths: list[str]  # for each row, relative to the folder of the sounds; '' where there is none
     exact: int = 0  # how many rows give the name with its extension
     distinct: int = 0  # how many sounds are named
-    certain: bool = True  # or do a few names agree by chance?
 
 
 def split_path(cell: object) -> tuple[str, str]:
     r"""The folder and the name in a cell, also of an address or with \; ('', '') if it is no name."""
     if isinstance(cell, float) and cell.is_integer():
         cell = int(cell)
-    if not isinstance(cell, (str, int)) or isinstance(cell, bool):
+    if type(cell) not in (str, int):
         return "", ""
     text = str(cell).strip().replace("\\", "/")
     if "://" in text:
@@ -646,115 +651,111 @@ Place = tuple[int, str, str]  # how many folders of a cell are ignored, the base
 def places_of(cell: tuple[str, str], table: Table, i: int, sounds: Sounds) -> list[Place]:
     """Where the sound in a cell (folder, name) of row i may be, with as few folders ignored as possible.
 
-    If there is a sounds/dog/1.wav, 'x/dog/1' may mean it: the folder x is ignored, the base is sounds."""
+    If there is a sounds/dog/1.wav, 'x/dog/1' may mean it: the folder x is ignored, the base is sounds. The
+    same name with the same extension comes first."""
     folder, name = cell
-    wanted, places = folder.split("/") if folder else [], []
-    for path in sounds.find(name, table, i) if name else []:
+    found = sounds.find(name, table, i) if name else []
+    wanted = [name_key(part) for part in reversed(folder.split("/")) if part] if found else []
+    places = []
+    for path in found:
         there = path.split("/")[:-1]
-        same = 0
-        for ours, theirs in zip(reversed(wanted), reversed(there)):
-            if name_key(ours) != name_key(theirs):
-                break
-            same += 1
+        same = len(os.path.commonprefix([wanted, [name_key(part) for part in reversed(there)]]))
         places.append((len(wanted) - same, "/".join(there[: len(there) - same]), path))
-    fewest = min(places)[0] if places else 0
-    return [place for place in places if place[0] == fewest]
+    places.sort(key=lambda place: (place[0], os.path.basename(place[2]) != name))
+    return [place for place in places if place[0] == places[0][0]]
 
 
 def below_one_base(table: Table, places: list[list[Place]], sounds: Sounds) -> list[list[Place]]:
     """For each row its places below one base for the whole table, or below several full of its sounds.
 
-    So a missing file is never taken from a neighbour's folder. UserError: a name is in two of them."""
+    So a missing file is never taken from a neighbour's folder."""
     used = collections.defaultdict(set)
     for _, base, path in itertools.chain(*places):
         used[base].add(path)
     said = split_word(os.path.basename(table.path))
-    words = {base: split_word(" ".join(reversed(base.split("/")))) for base in used}
     if said:  # what is called train.csv has nothing in a folder called test
-        best = said if said in words.values() else ""
-        used = {base: paths for base, paths in used.items() if words[base] == best}
+        best = said if said in map(split_word, used) else ""
+        used = {base: paths for base, paths in used.items() if split_word(base) == best}
     share = {base: sounds.share(paths) for base, paths in used.items()}
     kept = {base for base in used if share[base] >= 0.8 * max(share.values())}
     result = []
     for row in places:
         bases = sorted({base for _, base, _ in row if base in kept})
-        if len(bases) > 1 and bases[0]:
+        if len(bases) > 1 and bases[0]:  # '' is first: in the folder itself, a name is where it should be
             where = f"one lies in {bases[0]!r} and in {bases[1]!r} of {sounds.root}"
             raise UserError(f"{table.path}: of its sounds {where}; write folders into the column of files")
         result.append([place for place in row if place[1] in bases[:1]])
     return result
 
 
-def match_column(table: Table, column: str, sounds: Sounds) -> Match | None:
-    """Which sounds a column names; None: not one. Errors: `below_one_base`."""
+def match_column(table: Table, column: str, sounds: Sounds, given: bool) -> Match | None:
+    """Which sounds a column names; None: none, or, unless the user gave it, so few that it may be chance."""
     cells = table.columns[column]
-    step = max(1, min(len(cells) // 1000, len(sounds.paths) // 10))  # often enough to meet one of the sounds
-    sample = range(0, len(cells), step) if sounds.paths else []
-    if not any(places_of(split_path(cells[i]), table, i, sounds) for i in sample):
+    # Most columns name no sound. A few cells show it, so many that ten hit one if each sound has a row.
+    step = max(1, min(len(cells) // 1000, len(sounds.paths) // 10))
+    some = range(0, len(cells), step) if sounds.paths else []
+    if not any(places_of(split_path(cells[i]), table, i, sounds) for i in some):
         return None
-    cells = list(map(split_path, cells))
+    cells = [split_path(cell) for cell in cells]
     places = [places_of(cell, table, i, sounds) for i, cell in enumerate(cells)]
     # A row that has to ignore more folders than usual would find its sound in a neighbour's folder.
     ignored = sorted(row[0][0] for row in places if row)
     places = [row if row and row[0][0] <= ignored[len(ignored) // 2] else [] for row in places]
-    paths, exact = [], 0
-    for (_, name), row in zip(cells, below_one_base(table, places, sounds)):
-        same = [path for _, _, path in row if os.path.basename(path) == name]
-        exact += len(same) > 0
-        paths.append(same[0] if same else row[0][2] if row else "")
+    paths = [row[0][2] if row else "" for row in below_one_base(table, places, sounds)]
+    exact = sum(os.path.basename(path) == name for path, (_, name) in zip(paths, cells) if path)
     found = set(paths) - {""}
     # It is no chance if most rows have their sound or, but for mere numbers, most sounds there have a row.
-    certain = 2 * sum(map(bool, paths)) >= sum(bool(name) for _, name in cells)
-    if found and not all(stem(os.path.basename(path)).isdecimal() for path in found):
-        certain |= sounds.share(found) >= 0.5
-    return Match(column, sounds, paths, exact, len(found), certain) if found else None
+    numbers = all(stem(os.path.basename(path)).isdecimal() for path in found)
+    many = 2 * sum(map(bool, paths)) >= sum(bool(name) for _, name in cells)
+    if not found or not (given or many or (not numbers and sounds.share(found) >= 0.5)):
+        return None
+    return Match(column, sounds, paths, exact, len(found))
 
 
 def likely_folders(table: Table, written: set[str]) -> Iterator[Sounds]:
-    """Where the sounds may lie: at paths as written, below the table's folder, below the two above it."""
-    root = os.path.dirname(os.path.abspath(table.path))
-    yield look("/", {split_path(path)[0] for path in written if path.startswith("/")})
-    sounds = walk(root)
-    yield sounds
-    yield look(os.getcwd(), {split_path(path)[0] for path in written})
-    for _ in range(2):
-        root = os.path.dirname(root)
-        # If it has sounds, those further up are a neighbour's. Never walk a whole disk, nor all of a home.
-        if sounds.paths or os.path.join(os.path.expanduser("~"), "").startswith(os.path.join(root, "")):
-            return
-        sounds = walk(root)
+    """Where the sounds may lie, the likeliest first: at full paths as they are written; below the table's
+    folder; at paths as seen from the current folder; below the two folders above the table's."""
+    folder = os.path.dirname(os.path.abspath(table.path))
+    home = os.path.join(os.path.expanduser("~"), "")
+    yield look("/", [path for path in written if path.startswith("/")])
+    for above in range(3):
+        sounds = walk(folder)
         yield sounds
+        if above == 0:
+            yield look(os.getcwd(), written)
+        folder = os.path.dirname(folder)
+        # If it has sounds, those further up are a neighbour's. Never walk a whole disk, nor all of a home.
+        if sounds.paths or home.startswith(os.path.join(folder, "")):
+            return
 
 
 def find_files(table: Table, files: str | None) -> Match:
-    """The column that names sounds, or `files` if given. NoSounds: none does; UserError: two disagree."""
+    """The column that names sounds, most of them as they are written; `files` if given."""
     names, written = [files] if files else list(table.columns), []
     for name in names:
         written.append({cell for cell in table.cells(name) if isinstance(cell, str) and stem(cell) != cell})
     most, paths = max(map(len, written)), set().union(*written)
     hint = f", such as {min(paths)!r}" if paths else ""
     for sounds in likely_folders(table, paths):
-        matches = [match for name in names if (match := match_column(table, name, sounds))]
-        # Beside a column of file names, one whose few cells happen to be names of sounds is not it.
-        matches = [m for m in matches if m.exact or len(set(map(str, table.columns[m.column]))) >= most]
-        sure = [match for match in matches if match.certain or files]
-        if sure:
-            return best_match(table, sure)
+        matches = []
+        for name in names:
+            match = match_column(table, name, sounds, bool(files))
+            # Beside a column of file names, one whose few cells happen to be names of sounds is not it.
+            if match and (match.exact or len(set(map(str, table.columns[name]))) >= most):
+                matches.append(match)
         if matches:
-            hint = f", but for a few in {matches[0].column!r} (--files {matches[0].column} if it is right)"
-        elif any(kind_of(path) in OTHER_MEDIA for path in sounds.others):
+            return best_match(table, matches)
+        if any(kind_of(path) in OTHER_MEDIA for path in sounds.others):
             hint = ": there are .m4a or films, which ffmpeg -i X.m4a X.wav makes readable"
     what = f"no column names sounds that exist, of {listed(names)}{hint}"
-    raise NoSounds(f"{table.path}: {what}; put the table beside its sounds, or write their paths into it")
+    raise NoSounds(f"{table.path}: {what}; put the table beside its sounds, or choose with --files COLUMN")
 
 
 def best_match(table: Table, matches: list[Match]) -> Match:
-    """The match that names most sounds as they are written. UserError: another names as many, but others."""
+    """The match that names most sounds as they are written, if no other names as many, but others."""
     most = max(match.distinct for match in matches)
-    matches = [match for match in matches if 2 * match.distinct > most]
-    matches.sort(key=lambda match: (match.exact, match.distinct), reverse=True)
-    best = matches[0]
-    for other in matches[1:]:
+    best = max(matches, key=lambda match: (2 * match.distinct > most, match.exact, match.distinct))
+    for other in matches:
         differ = any(a and b and a != b for a, b in zip(best.paths, other.paths))
         if differ and (other.exact, other.distinct) == (best.exact, best.distinct):
             what = f"columns {best.column!r} and {other.column!r} both name sounds, but not the same"
@@ -780,25 +781,23 @@ def holds_words(cells: list) -> bool:
 
 
 def find_words(table: Table, taken: set) -> tuple[list[str], list[str]]:
-    """The columns of captions, and those of tags for rows without one, best first; ([], []): there are none.
-
-    UserError: several columns hold words, and nothing says which."""
-    names = [name for name in table.columns if name not in taken and holds_words(table.columns[name])]
+    """The columns of captions, and, best first, those of tags for rows without one; either may be none."""
     patterns, rank = f"{CAPTIONS}|{TAGS}".split("|"), {}
-    for name in names:
-        fitting = [i for i, pattern in enumerate(patterns) if re.fullmatch(pattern, family(name))]
-        rank[name] = min(fitting, default=len(patterns))
-    names.sort(key=rank.get)
-    best = [name for name in names if rank[name] == rank[names[0]]]
+    for name, cells in table.columns.items():
+        if name not in taken and holds_words(cells):
+            fitting = [i for i, pattern in enumerate(patterns) if re.fullmatch(pattern, family(name))]
+            rank[name] = min(fitting, default=len(patterns))
+    best = [name for name in rank if rank[name] == min(rank.values())]
     rows = list(zip(*(table.columns[name] for name in best)))
-    first_tag, known = len(CAPTIONS.split("|")), bool(best) and rank[best[0]] < len(patterns)
+    known = bool(best) and rank[best[0]] < len(patterns)
     ambiguous = len(best) > 1 and not (known and len(set(map(family, best))) == 1)
-    # LJSpeech has each sentence twice, the second time with numbers in words.
+    # Between columns that mostly agree any will do: LJSpeech writes numbers as digits and again as words.
     if ambiguous and 2 * sum(len(set(map(str, row))) == 1 for row in rows) < len(rows):
         raise UserError(f"{table.path}: columns {listed(best)} all hold words; choose with --words COLUMN")
     if not known:
         return (best, []) if any(" " in str(cell) for row in rows for cell in row) else ([], best)
-    tags = [name for name in names if first_tag <= rank[name] < len(patterns)]
+    first_tag = len(CAPTIONS.split("|"))
+    tags = [name for name in sorted(rank, key=rank.get) if first_tag <= rank[name] < len(patterns)]
     return ([] if best[0] in tags else best), tags
 
 
@@ -830,7 +829,7 @@ def row_captions(table: Table, i: int, captions: list[str], tags: list[str]) -> 
 
 
 def check_rows(table: Table, match: Match):
-    """UserError: rows are about moments in files, or were swallowed by a quote that is not closed."""
+    """Refuse rows that are about moments in files, or were swallowed by a quote that is not closed."""
     for name, cells in table.columns.items():
         times = re.search("onset|offset|start|begin|end|stop", family(name))
         moments = {(path, str(cell)) for path, cell in zip(match.paths, cells) if path and times}
@@ -846,7 +845,7 @@ def check_rows(table: Table, match: Match):
 
 
 def table_entries(path: str, flags: Flags, notes: list) -> list[Entry]:
-    """The entries of a table; what is left out, and why, goes to notes. UserError: it makes no sense."""
+    """The entries of a table; what is left out, and why, goes to notes."""
     table = read_table(path, notes)
     match = find_files(table, flags.files)
     check_rows(table, match)
@@ -854,22 +853,18 @@ def table_entries(path: str, flags: Flags, notes: list) -> list[Entry]:
 
 
 def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Entry]:
-    """An entry for each sound, which several rows may caption. UserError: no words, or wrong `flags`."""
+    """An entry for each sound, which several rows may caption."""
     split = flags.split or find_splits(table, {match.column, *flags.words})
-    if split:
-        splits = column_splits(split, table.cells(split))
-    else:
-        by_folder, by_name = folder_splits(match.paths), name_split(table.path)
-        splits = [by_name or split_of(sound, by_folder) for sound in match.paths]
+    splits = column_splits(split, table.cells(split)) if split else place_splits(table.path, match.paths)
     if flags.split and not any(splits):
         raise UserError(f"{table.path}: column {split!r} has no train, val or test, and no folds")
-    names, words = listed(table.columns), table
+    words = table
     captions, tags = (flags.words, []) if flags.words else find_words(table, {match.column, split})
-    if not (captions or tags):
+    if not (captions or tags):  # they may lie beside the sounds
         words = beside_table(match.sounds, match.paths, notes)
         captions, tags = find_words(words, set())
     if not (captions or tags):
-        what = f"no column holds words, of {names}; choose with --words COLUMN"
+        what = f"no column holds words, of {listed(table.columns)}; choose with --words COLUMN"
         raise UserError(f"{table.path}: {what} (class_labels_indices.csv names ids such as /m/0a)")
     classes = [name for name in captions + tags if re.fullmatch(CLASSES, family(name))]
     entries: dict[str, Entry] = {}
@@ -887,10 +882,10 @@ def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Ent
         known += [text for text in texts if text not in known]
     if not entries:
         raise UserError(f"{table.path}: no usable row among {len(splits)}: none has a sound and words")
-    where = f"{match.column!r} in {os.path.commonpath(list(map(os.path.dirname, entries)))}"
+    where = os.path.commonpath(list(map(os.path.dirname, entries)))
     told = repr(split) if split else "names" if any(splits) else "nothing"
-    said = f"files from {where}, words from {listed(captions or tags[:1])}, splits from {told}"
-    notes.append(("", f"{words.path}: {said}"))
+    said = f"files from {match.column!r} in {where}, words from {listed(captions or tags[:1])}"
+    notes.append(("", f"{words.path}: {said}, splits from {told}"))
     return list(entries.values())
 
 
@@ -928,32 +923,25 @@ def class_of(path: str, splits: dict[str, str]) -> str:
 
 
 def tables_entries(folder: str, tables: list[str], flags: Flags, notes: list) -> list[Entry]:
-    """The entries of those tables in a folder that name sounds: of one, or of a table for each split.
-
-    UserError: there are several, or one is not understood that is alone, or named after a split."""
-    read: dict[str, list[Entry]] = {}
-    failed: dict[str, UserError] = {}
+    """The entries of those tables in a folder that name sounds: of one, or of a table for each split."""
+    read, failed = {}, {}
     for path in tables:
         try:
             read[path] = table_entries(os.path.join(folder, path), flags, notes)
-        except NoSounds as error:  # it may be about something else
-            notes.append(("a table that names no sound here", f"{path} ({error})"))
         except UserError as error:
             failed[path] = error
     for path, error in failed.items():
-        if not read or split_word(path):
+        if not isinstance(error, NoSounds) and (not read or split_word(path)):
             raise error
-        notes.append(("not understood, where another table is", f"{path} ({error})"))
+        notes.append(("a table that names no sound here, or is not understood", f"{path} ({error})"))
     words = set(map(split_word, read))
     if len(read) > 1 and not all(map(METADATA.search, read)) and ("" in words or len(words) < len(read)):
         raise UserError(f"{folder}: holds {len(read)} tables of sounds, {listed(read)}; give one of them")
-    return [entry for entries in read.values() for entry in entries]
+    return list(itertools.chain(*read.values()))
 
 
 def folder_entries(folder: str, flags: Flags, notes: list) -> list[Entry]:
-    """The entries of a folder. Words beside the sounds and tables count for more than names of folders.
-
-    UserError: it has no words, or some that cannot be read."""
+    """The entries of a folder. Words beside the sounds count for more than tables, and these than classes."""
     sounds = walk(folder)
     paths = list({stem(path): path for path in sounds.paths}.values())
     notes += [("the same clip in another format", path) for path in sorted(set(sounds.paths) - set(paths))]
@@ -962,43 +950,34 @@ def folder_entries(folder: str, flags: Flags, notes: list) -> list[Entry]:
     others = [path for path in sounds.others if os.path.splitext(path)[0] not in described]
     tables = [path for path in others if kind_of(path) in TABLES]
     metadata = [path for path in tables if METADATA.search(path)]
-    beside = beside_table(sounds, paths, notes)
-    words = flags.words or ([] if metadata else sum(find_words(beside, {"path"}), []))
-    if not metadata and not beside.columns.keys().isdisjoint(words):
-        return join_rows(beside, match, flags, notes)
+    if not metadata:
+        beside = beside_table(sounds, paths, notes)
+        words = flags.words or sum(find_words(beside, {"path"}), [])
+        if not beside.columns.keys().isdisjoint(words):
+            return join_rows(beside, match, flags, notes)
     entries = tables_entries(folder, metadata or tables, flags, notes)
     if entries:
         return entries
     splits = folder_splits(paths)
     classes = [class_of(path, splits) for path in paths]
-    check_others(folder, others, any(classes), notes)
+    # These would say more than the names of folders, but are not read.
+    for path in others:
+        if kind_of(path) in OTHER_MEDIA:
+            notes.append(("not read; ffmpeg -i X.m4a X.wav makes it readable", path))
+        if kind_of(path) in NO_TABLES and (METADATA.search(path) or not any(classes)):
+            read_text(os.path.join(folder, path), notes)  # its error says what to do with it
+        if kind_of(path) == ".txt" and split_word(os.path.basename(path)):  # testing_list.txt
+            raise UserError(f"{folder}: {path} seems to list a split; save a table of path, label and split")
     if not any(classes):
-        above = glob.escape(os.path.dirname(folder))
-        near = glob.glob(f"{above}/*") + glob.glob(f"{above}/*/*")
-        hint = min((f": give {path}?" for path in near if kind_of(path) in TABLES), default="")
         what = f"no usable sound among {len(classes)}; expected clip.txt beside clip.wav, folders of classes"
-        raise UserError(f"{folder}: {what}, or a table{hint}")
+        raise UserError(f"{folder}: {what}, or a table; if it lies elsewhere, give it as the source")
     notes.append(("", f"{folder}: no table of sounds and no texts, so the names of folders are categories"))
     return join_rows(Table(folder, {"path": paths, "category": classes}), match, flags, notes)
 
 
-def check_others(folder: str, others: list[str], usable: bool, notes: list):
-    """UserError: these files beside the sounds would say more than the names of folders, but are not read."""
-    for path in others:
-        if kind_of(path) in OTHER_MEDIA:
-            notes.append(("not read; ffmpeg -i X.m4a X.wav makes it readable", path))
-        if kind_of(path) in NO_TABLES and (not usable or METADATA.search(path)):
-            read_text(os.path.join(folder, path), notes)  # says what to do with it
-        if kind_of(path) == ".txt" and split_word(os.path.basename(path)):  # testing_list.txt
-            raise UserError(f"{folder}: {path} seems to list a split; save a table of path, label and split")
-
-
 def read_entries(source, log=print, files=None, words=None, split_column=None, left_out=None) -> list[Entry]:
-    """What a table or folder holds; every guess and all that is left out is told to `log`.
-
-    Where there is much of it, ten lines and a count; all of it is appended to the list `left_out`.
-
-    Names of columns overrule guesses. UserError: it cannot be understood, or is not there."""
+    """What a table or folder holds; every guess and all that is left out is told to `log`, and what is left
+    out also appended to the list `left_out`. Names of columns overrule guesses."""
     if not os.path.exists(source):
         raise UserError(f"{source}: does not exist; expected a table or a folder")
     understand = folder_entries if os.path.isdir(source) else table_entries
@@ -1009,16 +988,12 @@ def read_entries(source, log=print, files=None, words=None, split_column=None, l
         entries = understand(os.path.abspath(source), Flags(files, said, split_column), notes)
     finally:
         gc.enable()
-    for reason in sorted({why for why, _ in notes}):
-        lines = [f"  {what}" if reason else what for why, what in notes if why == reason]
-        if reason:
-            log(f"{source}: left out {len(lines)}: {reason}")
-            if left_out is not None:
-                left_out += [f"{reason}: {line.strip()}" for line in lines]
-        for line in lines[:10]:
+    for why in sorted({why for why, _ in notes}):
+        lines = [what for reason, what in notes if reason == why]
+        for line in shortened(f"left out, {why}" if why else "read", lines):
             log(printable(line))
-        if len(lines) > 10:
-            log(f"  ... and {len(lines) - 10} more")
+        if why and left_out is not None:
+            left_out += [f"{why}: {line}" for line in lines]
     return entries
 
 
@@ -1031,7 +1006,6 @@ def read_captions(source: str) -> list[tuple[str, list[str]]]:
 # Preparation: decode everything once into one file of int16 samples that training maps into memory.
 
 FORMAT = 6  # raise it when what is written changes: everything is then prepared anew
-SHOWN = 10  # lines of one kind that are printed; the rest is counted, and all of them are in left_out.txt
 
 
 @dataclass
@@ -1142,7 +1116,7 @@ def decode_all(entries: list[Entry], folder: str, source: str, unread: list[str]
     if not clips:
         raise UserError(f"{source}: none of its {len(entries)} sounds can be used; the first: {left_out[0]}")
     report = [summary(source, clips), *shortened("left out", left_out), *shortened("turned down", loud)]
-    with open(os.path.join(folder, "left_out.txt"), "w", encoding="utf-8", errors="replace") as file:
+    with open(os.path.join(folder, "left_out.txt"), "w", encoding="utf-8") as file:
         file.writelines(printable(line) + "\n" for line in unread + left_out + loud)
     with open(os.path.join(folder, "index.json"), "w") as file:
         json.dump({"report": report, "clips": clips}, file)
@@ -1156,14 +1130,6 @@ def summary(source: str, clips: list[dict]) -> str:
         f"{source}: {sum(seconds) / 3600:.2f} hours, {len(clips)} clips, {len(captions)} distinct captions, "
         f"{seconds[0]:.1f} / {seconds[len(clips) // 2]:.1f} / {seconds[-1]:.1f} s shortest / median / longest"
     )
-
-
-def shortened(what: str, lines: list[str]) -> list[str]:
-    """The first lines of a kind, indented, and a count of the others."""
-    shown = [f"  {what}: {line}" for line in lines[:SHOWN]]
-    if len(lines) > SHOWN:
-        shown.append(f"  {what}: {len(lines) - SHOWN} more, see left_out.txt beside the prepared data")
-    return shown
 
 
 def read_prepared(folder: str) -> tuple[list[str], list[Clip]]:
@@ -1187,17 +1153,11 @@ def read_prepared(folder: str) -> tuple[list[str], list[Clip]]:
 # Eight pairs of everyday sounds that no training example joins: a model that can play them together has
 # learnt to compose. Each of these categories has plenty of clips in sounds/ to be learnt from alone.
 HELD_OUT_PAIRS = {
-    frozenset(pair)
+    frozenset(pair.split(" + "))
     for pair in (
-        ("dog", "clock tick"),
-        ("dog", "sea waves"),
-        ("rain", "baby cry"),
-        ("fire", "helicopter"),
-        ("bird", "chainsaw"),
-        ("rooster", "sea waves"),
-        ("rooster", "helicopter"),
-        ("sneeze", "footsteps"),
-    )
+        "dog + clock tick, dog + sea waves, rain + baby cry, fire + helicopter, bird + chainsaw, "
+        "rooster + sea waves, rooster + helicopter, sneeze + footsteps"
+    ).split(", ")
 }
 
 
@@ -1256,9 +1216,7 @@ class AudioData:
         self.train = [clip for clip in self.clips if clip.split != "val"]
         self.val = [clip for clip in self.clips if clip.split != "train"]
         if not self.train:
-            raise UserError(
-                f"{' '.join(sources)}: all clips are for testing; name the training clips as well"
-            )
+            raise UserError(f"{' '.join(sources)}: all clips are for testing; name training clips as well")
         log(f"training on {len(self.train)} clips, validating on {len(self.val)}")
         lengths = [np.array([clip.length for clip in part if clip.split != "val"], float) for part in parts]
         self.sources = list(zip(lengths, weights)) if any(weights) else [(np.concatenate(lengths), 1.0)]
@@ -1403,21 +1361,11 @@ class Tokenizer:
         """Learn about `vocab_size` pieces from captions: fewer if these are few, but always all 256 bytes."""
         lines = sorted({" ".join(caption.split())[:1000] for caption in captions})
         model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=model,
-            model_type="bpe",
-            byte_fallback=True,
-            vocab_size=max(vocab_size, 300),
-            hard_vocab_limit=False,
-            normalization_rule_name="nmt_nfkc_cf",
-            pad_id=0,
-            unk_id=1,
-            bos_id=2,
-            eos_id=3,
-            num_threads=1,
-            minloglevel=2,
-        )
+        options = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "nmt_nfkc_cf"}
+        options |= {"vocab_size": max(vocab_size, 300), "hard_vocab_limit": False}
+        options |= {"pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3, "num_threads": 1, "minloglevel": 2}
+        train = sentencepiece.SentencePieceTrainer.train
+        train(sentence_iterator=iter(lines), model_writer=model, **options)
         return cls(zlib.crc32(model.getvalue()).to_bytes(4, "little") + model.getvalue())
 
     def batch(self, captions: list[str], max_len: int) -> torch.Tensor:
@@ -1445,9 +1393,8 @@ class Parser(argparse.ArgumentParser):
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say what to train on, the same in all scripts."""
-    parser.add_argument(
-        "--data", nargs="+", default=[SOUNDS], help="table or folder, each with an optional :WEIGHT"
-    )
+    what = "table or folder, each with an optional :WEIGHT"
+    parser.add_argument("--data", nargs="+", default=[SOUNDS], help=what)
     add_column_flags(parser)
 
 
@@ -1476,9 +1423,7 @@ def whole_number(text: str, least: int = 0) -> int:
     return int(text)
 
 
-def positive(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    return whole_number(text, 1)
+positive = functools.partial(whole_number, least=1)  # likewise: 1, 2, ...
 
 
 @contextlib.contextmanager
@@ -1511,13 +1456,10 @@ def one_line_errors(*kinds: type[Exception]):
 
 def pick_device(name: str = "auto") -> torch.device:
     """'auto', 'cpu', 'cuda', 'cuda:1' or 'mps' -> a device that exists here. UserError: it does not."""
-    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if torch.cuda.is_available():
-        there.append("cuda")
-    if torch.backends.mps.is_available():
-        there.append("mps")
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    there = ["cpu", *gpus, *["cuda"] * bool(gpus), *["mps"] * torch.backends.mps.is_available()]
     if name == "auto":
-        name = "cuda" if "cuda" in there else "cpu"
+        name = "cuda" if gpus else "cpu"
     if name not in there:
         raise UserError(f"--device {name}: not a device of this machine; it has {', '.join(there)}")
     return torch.device(name)
@@ -1527,6 +1469,8 @@ def now(device: torch.device) -> float:
     """The time in seconds, once the device has done all that it was told to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
     return time.perf_counter()
 
 
@@ -1608,9 +1552,7 @@ def set_lr(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:
 
 
 def lock_folder(folder: str):
-    """Make `folder` and hold it for as long as what is returned is kept: two runs would undo each other.
-
-    UserError: another run holds it, or it cannot be written to."""
+    """Make `folder` and hold it for as long as what is returned is kept: two runs would undo each other."""
     try:
         os.makedirs(folder, exist_ok=True)
         file = open(os.path.join(folder, ".lock"), "a")  # noqa: SIM115 (it stays open)
@@ -1628,9 +1570,7 @@ def lock_folder(folder: str):
 
 
 def save_atomic(obj: object, path: str) -> None:
-    """torch.save by way of a temporary file: whatever happens, `path` holds the old or the new, and whole.
-
-    UserError: the disk is full, or may not be written to."""
+    """torch.save by way of a temporary file: whatever happens, `path` holds the old or the new, and whole."""
     part = path + ".tmp"
     try:
         with open(part, "wb") as file:
