@@ -3,7 +3,6 @@
     python train_codec.py                                  the recordings in sounds/, on whatever machine
     python train_codec.py --data clips.csv                 your own clips: a table or a folder (see README)
     python train_codec.py --data one_clip/ --out one --steps 400    learn one clip by heart: try this first
-    python train_codec.py --data mine/ --finetune pretrained    teach a trained decoder your own clips
     python train_codec.py --data clips.csv --resume        go on after an interruption
     python train_codec.py --data clips.csv --resume --steps 9000    go on for longer than was planned
     python train_codec.py --data clips.csv --eval_only     measure the codec in --out on the held-out clips
@@ -13,8 +12,7 @@ Writes to --out: codec.pt (what sample.py and train_lm.py load), codec_train.pt 
 codec.csv (the log) and codec_wavs/ (held-out clips and what the codec makes of them).
 
 Two stages: first encoder, codebooks and decoder learn together, without a discriminator; then the codes stay
-fixed and the decoder alone learns on, against one. The size `tiny` skips the second stage; --finetune is the
-second stage alone, so that a language model that knows the codes may go on using them.
+fixed and the decoder alone learns on, against one. The size `tiny` skips the second stage.
 
 AudioGen (arXiv 2209.15352) section 3.1; the balancer is EnCodec's (arXiv 2210.13438) section 3.4.
 """
@@ -65,8 +63,7 @@ def get_args():
     add = parser.add_argument
     D.add_data_flags(parser)
     add("--out", default="out", help="folder for checkpoints, log and prepared data")
-    add("--finetune", metavar="FOLDER", help="start from codec.pt there, keep its codes, train its decoder")
-    add("--streams", type=int, help="1, 2, 4 (default) or 8 streams of codes")
+    add("--streams", type=int, default=4, help="1, 2, 4 or 8 streams of codes")
     add("--size", choices=sorted(RECIPES), help="default: paper with CUDA, tiny without")
     add("--steps", type=D.positive, help="training steps (default: by size)")
     add("--batch", type=D.positive, help="crops per step, over all processes (default: by size)")
@@ -75,10 +72,7 @@ def get_args():
     add("--seed", type=D.whole_number, default=0)
     add("--resume", action="store_true", help="go on from codec_train.pt in --out, with --steps for longer")
     add("--eval_only", action="store_true", help="measure codec.pt in --out and stop")
-    args = parser.parse_args()
-    if args.finetune and (args.size or args.streams):
-        raise D.UserError("--size and --streams are those of the codec in --finetune: leave them out")
-    return args
+    return parser.parse_args()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -88,11 +82,11 @@ def get_args():
 class Training:
     """All that changes while the codec is trained: it is what a resumed run reads."""
 
-    def __init__(self, codec: Codec, recipe: dict, device: torch.device):
-        self.config, self.recipe, self.device = codec.cfg, recipe, device
-        # Rounded up: step 0 of a new codec starts its codebooks, which the second stage does not touch.
-        self.disc_start = math.ceil(recipe["disc_start"] * recipe["steps"])
-        codec.train()
+    def __init__(self, config: CodecConfig, recipe: dict, device: torch.device):
+        self.config, self.recipe, self.device = config, recipe, device
+        # The share becomes a step number. Step 0 starts the codebooks: the second stage cannot begin there.
+        self.disc_start = max(1, int(recipe["disc_start"] * recipe["steps"]))
+        codec = Codec(config).train()
         # Copied on the CPU: on a GPU the copy's LSTM would gather its scattered weights at every call.
         self.ema = copy.deepcopy(codec).eval().requires_grad_(False).to(device)  # the codec that is kept
         self.codec = codec.to(device)
@@ -109,7 +103,7 @@ class Training:
             self.disc_adam = torch.optim.Adam(self.disc.parameters(), DISC_LR, betas=(0.5, 0.9))
             self.parts |= {"disc": self.disc, "disc_adam": self.disc_adam}
         self.disc_accuracy = 0.5  # moving average of how often the discriminator is right
-        usage = torch.zeros(codec.cfg.streams, codec.cfg.codebook_size, device=device)
+        usage = torch.zeros(config.streams, config.codebook_size, device=device)
         self.usage = usage  # moving average of how often each code is used (K, V)
 
     def checkpoint(self, step: int) -> dict:
@@ -132,7 +126,7 @@ class Training:
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])
         self.recipe["steps"] = steps or saved["steps"]
-        self.disc_start = math.ceil(self.recipe["disc_start"] * self.recipe["steps"])
+        self.disc_start = max(1, int(self.recipe["disc_start"] * self.recipe["steps"]))
         if saved["step"] > saved["disc_start"]:  # the second stage does not go back to the first
             self.disc_start = saved["disc_start"]
         self.disc_accuracy, self.usage = saved["disc_accuracy"], saved["usage"].to(self.device)
@@ -298,19 +292,10 @@ def health(t: Training, grad_norm: float):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def first_codec(args, device: torch.device) -> Codec:
-    """The codec that training starts from: a new one, or that of --finetune."""
-    if args.finetune:
-        return Codec.load(os.path.join(args.finetune, "codec.pt"))
-    size = args.size or ("paper" if device.type == "cuda" else "tiny")
-    return Codec(CodecConfig(args.streams or 4, size))
-
-
-def choose_recipe(args, size: str, world_size: int) -> dict:
+def choose_recipe(args, device: torch.device, world_size: int) -> dict:
     """The recipe of the size, with what the flags say in its place."""
-    recipe = dict(RECIPES[size])
-    if args.finetune:
-        recipe["disc_start"] = 0.0
+    args.size = args.size or ("paper" if device.type == "cuda" else "tiny")
+    recipe = dict(RECIPES[args.size])
     recipe["steps"], recipe["batch"] = args.steps or recipe["steps"], args.batch or recipe["batch"]
     if recipe["batch"] % world_size:
         raise D.UserError(
@@ -319,13 +304,11 @@ def choose_recipe(args, size: str, world_size: int) -> dict:
     return recipe
 
 
-def protect_language_model(out: str, codec: Codec, codes_change: bool) -> None:
+def protect_language_model(out: str, codes_change: bool) -> None:
     """UserError where a language model in the folder would lose the codec whose codes it learnt."""
-    for name, kind in (("lm.pt", "nanoaudiogen lm"), ("lm_train.pt", "nanoaudiogen lm training")):
+    for name in ("lm.pt", "lm_train.pt"):
         path = os.path.join(out, name)
-        if not os.path.exists(path):
-            continue
-        if codes_change or load_checkpoint(path, kind)["codec_hash"] != codec.hash():
+        if codes_change and os.path.exists(path):
             raise D.UserError(
                 f"{path}: learnt the codes of the codec in {out}, which would be overwritten: "
                 "choose another --out, or move it away first"
@@ -338,6 +321,8 @@ def main():
     device, rank, world_size = D.start_processes(args.device)
     is_main = rank == 0
     say = tqdm.write if is_main else lambda *_: None
+    recipe = choose_recipe(args, device, world_size)
+    config = CodecConfig(args.streams, args.size)
     path, resume_path, wavs = (
         os.path.join(args.out, name) for name in ("codec.pt", "codec_train.pt", "codec_wavs")
     )
@@ -352,19 +337,17 @@ def main():
 
     # Models and their optimizers.
     torch.manual_seed(args.seed)
-    codec = first_codec(args, device)
-    config, recipe = codec.cfg, choose_recipe(args, codec.cfg.size, world_size)
-    t = Training(codec, recipe, device)
+    t = Training(config, recipe, device)
     start = t.load(resume_path, args.steps) if args.resume else 0
-    protect_language_model(args.out, t.ema, codes_change=start < t.disc_start)
+    protect_language_model(args.out, codes_change=start < t.disc_start)
     D.choose_threads(args.threads, device, lambda: t.ema.encode(held_out[:1]), say)
     steps = recipe["steps"]  # only now: `load` may have changed it
     crop_length = int(recipe["seconds"] * D.SAMPLE_RATE)
     log = D.Log(os.path.join(args.out, "codec.csv"), start) if is_main else None
-    parameters = sum(p.numel() for p in codec.parameters())
+    parameters = sum(p.numel() for p in t.codec.parameters())
     disc = f"from step {t.disc_start} on with a discriminator" if t.disc_start < steps else "no discriminator"
     say(
-        f"codec {config.size}, {config.streams} streams of {config.codebook_size} codes, "
+        f"codec {args.size}, {config.streams} streams of {config.codebook_size} codes, "
         f"{config.kbps} kbit/s, {parameters / 1e6:.1f} M parameters; {steps} steps of {recipe['batch']} x "
         f"{recipe['seconds']} s on {device}, {disc}"
     )

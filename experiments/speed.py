@@ -19,7 +19,7 @@ import data as D
 import lm
 import train_codec
 import train_lm
-from codec import Codec, CodecConfig
+from codec import CodecConfig
 
 try:
     import peer
@@ -49,7 +49,7 @@ def codec_rows(streams: int, device, n: int) -> None:
     """Training without and with the discriminator, encoding and decoding, of the size `paper`."""
     batch = 64 if device.type == "cuda" else 8
     recipe = train_codec.RECIPES["paper"] | {"steps": 1000, "batch": batch, "disc_start": 0.5}
-    t = train_codec.Training(Codec(CodecConfig(streams, "paper")), recipe, device)
+    t = train_codec.Training(CodecConfig(streams, "paper"), recipe, device)
     wave = 0.1 * torch.randn(batch, D.SAMPLE_RATE, device=device)
     name = f"codec `paper`, {streams} stream{'s' if streams > 1 else ''}"
     ours = batch / seconds(lambda: train_codec.train_step(t, wave, 0), device, n)
