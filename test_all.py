@@ -9,6 +9,7 @@ import contextlib
 import copy
 import csv
 import errno
+import functools
 import gzip
 import inspect
 import io
@@ -1994,3 +1995,16 @@ def test_refused(command, words, run, precious, clips, monkeypatch, capsys):
     assert stop.value.code == 2 and line.startswith("error: ") and words in line
     assert "leave out --resume" not in line  # it would overwrite what was learnt
     assert all(path.read_bytes() == content for path, content in before.items())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What is told to readers
+
+
+def test_the_walk_through_the_code_names_what_is_there():
+    modules = {script.__name__: script for script in (D, codec_py, lm_py, train_codec, train_lm, sample)}
+    with open(os.path.join(HERE, "HOW_IT_WORKS.md"), encoding="utf-8") as file:
+        names = re.findall(rf"`((?:{'|'.join(modules)})\.(?!py)[\w.]+)`", file.read())
+    assert len(names) > 30
+    for module, *path in (name.split(".") for name in names):
+        assert functools.reduce(getattr, path, modules[module])
