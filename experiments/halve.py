@@ -27,7 +27,7 @@ def halve(source: str, target: str, kind: str, **changes) -> None:
     for name, tensor in saved["model"].items():
         if tensor.is_floating_point() and not name.startswith("quantizer"):
             saved["model"][name] = tensor.half()
-    wanted = ("kind", "config", "model", "tokenizer", "codec_hash")
+    wanted = ("kind", "config", "model", "tokenizer", "words", "codec_hash")
     D.save_atomic({key: saved[key] for key in wanted if key in saved} | changes, target)
     print(f"{target}: {os.path.getsize(source) / 1e6:.1f} MB are now {os.path.getsize(target) / 1e6:.1f} MB")
 
