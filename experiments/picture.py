@@ -14,6 +14,7 @@ import os
 import sys
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from common import LENGTH, by_category, from_words, prompt, through
 
@@ -53,21 +54,27 @@ def draw_sounds(args) -> None:
 
 
 def draw_losses(args) -> None:
-    """One panel for each column whose name has to do with a loss."""
+    """One panel for each loss: what was logged, faint, and its average over nine neighbours."""
     logs = {}
     for path in args.log:
         with open(path, newline="") as file:
             logs[path] = list(csv.DictReader(file))
     left_out = ("step", "grad_norm", "disc_accuracy")
     rows = [row for log in logs.values() for row in log]
-    names = list(
-        dict.fromkeys(key for row in rows for key in row if key not in left_out and "perpl" not in key)
-    )
+    filled = dict.fromkeys(key for row in rows for key in row if row[key])
+    names = [key for key in filled if key not in left_out and "perpl" not in key]
     figure, axes = plt.subplots(1, len(names), figsize=(3.5 * len(names), 3), squeeze=False)
     for name, axis in zip(names, axes[0]):
         for path, log in logs.items():
-            points = [(int(row["step"]), float(row[name])) for row in log if row.get(name)]
-            axis.plot(*zip(*points), label=path, linewidth=1) if points else None
+            logged = [(int(row["step"]), float(row[name])) for row in log if row.get(name)]
+            if not logged:
+                continue
+            steps, losses = np.array(logged).T
+            (line,) = axis.plot(steps, losses, linewidth=1, alpha=0.3)
+            means = np.convolve(losses, np.ones(9), "same") / np.convolve(
+                np.ones(len(losses)), np.ones(9), "same"
+            )
+            axis.plot(steps, means, label=path, color=line.get_color())
         axis.set_title(name)
         axis.set_xlabel("steps")
     axes[0][0].legend(fontsize=8)
