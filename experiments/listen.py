@@ -22,7 +22,7 @@ from codec import Codec, CodecError
 from lm import AudioLM, LMError
 from sample import png, spectrogram
 
-WORDS = "dog,rooster,baby cry,sneeze,footsteps,clock tick,rain,thunder,sea waves,fire,helicopter,car engine"
+WORDS = "dog,rooster,baby cry,sneeze,clock tick,rain,sea waves,fire,helicopter,chainsaw"
 COLUMNS = ("a real recording", "through the codec", "from the words alone")
 STYLE = """<style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
@@ -60,7 +60,8 @@ def page(rows: list[tuple], note: str) -> str:
     for words, waves in rows:
         cells = [cell(f"{words}, {column}", wave) for column, wave in zip(COLUMNS, waves)]
         parts += [f"<tr><th>{html.escape(words)}", *cells]
-    return "\n".join([*parts, "</table></html>\n"])
+    parts.append("</table><p>Authors and licences of the recordings: sounds/CREDITS.csv.</p></html>\n")
+    return "\n".join(parts)
 
 
 def main():
