@@ -17,6 +17,7 @@ import collections
 import contextlib
 import csv
 import datetime
+import errno
 import functools
 import gc
 import glob
@@ -1446,9 +1447,9 @@ def one_line_errors(*kinds: type[Exception]):
             raise
         text = "out of memory; halve --batch (train_lm.py: --micro), or take a smaller --size"
     except OSError as error:
-        if not error.filename:
+        if not error.filename and error.errno != errno.ENOSPC:
             raise
-        text = f"{error.filename}: {error.strerror}"
+        text = f"{error.filename or 'writing'}: {error.strerror}"
     if int(os.environ.get("RANK", "0")) == 0:  # under torchrun, every process has the same to say
         print(f"error: {text}", file=sys.stderr)
     sys.exit(2)
@@ -1571,19 +1572,18 @@ def lock_folder(folder: str):
 
 def save_atomic(obj: object, path: str) -> None:
     """torch.save by way of a temporary file: whatever happens, `path` holds the old or the new, and whole."""
-    part = path + ".tmp"
+    part, whole = path + ".tmp", io.BytesIO()
+    torch.save(obj, whole)  # not to the file: torch reports a full disk as if it were a bug
     try:
         with open(part, "wb") as file:
-            torch.save(obj, file)
+            file.write(whole.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except OSError as error:
         with contextlib.suppress(OSError):
             os.remove(part)
-        if isinstance(error, RuntimeError) and "write" not in str(error):
-            raise
-        why = getattr(error, "strerror", None) or "is the disk full?"
+        why = error.strerror or "is the disk full?"
         raise UserError(f"{path}: cannot save ({why}); free some space or choose another --out") from None
 
 

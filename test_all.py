@@ -733,11 +733,10 @@ def test_saving_that_fails_keeps_the_old_file_and_leaves_no_other(tmp_path, monk
     path = str(tmp_path / "x.pt")
     D.save_atomic({"a": 1}, path)
 
-    def full_disk(obj, file):
-        file.write(b"half")
+    def full_disk(number):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with raises(D.UserError, match="x.pt: cannot save .No space left"):
         D.save_atomic({"a": 2}, path)
     assert torch.load(path) == {"a": 1} and os.listdir(tmp_path) == ["x.pt"]
