@@ -1154,11 +1154,17 @@ def read_prepared(folder: str) -> tuple[list[str], list[Clip]]:
 # Eight pairs of everyday sounds that no training example joins: a model that can play them together has
 # learnt to compose. Each of these categories has plenty of clips in sounds/ to be learnt from alone.
 HELD_OUT_PAIRS = {
-    frozenset(pair.split(" + "))
+    frozenset(pair)
     for pair in (
-        "dog + clock tick, dog + sea waves, rain + baby cry, fire + helicopter, bird + chainsaw, "
-        "rooster + sea waves, rooster + helicopter, sneeze + footsteps"
-    ).split(", ")
+        ("dog", "clock tick"),
+        ("dog", "sea waves"),
+        ("rain", "baby cry"),
+        ("fire", "helicopter"),
+        ("bird", "chainsaw"),
+        ("rooster", "sea waves"),
+        ("rooster", "helicopter"),
+        ("sneeze", "footsteps"),
+    )
 }
 
 
@@ -1362,11 +1368,21 @@ class Tokenizer:
         """Learn about `vocab_size` pieces from captions: fewer if these are few, but always all 256 bytes."""
         lines = sorted({" ".join(caption.split())[:1000] for caption in captions})
         model = io.BytesIO()
-        options = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "nmt_nfkc_cf"}
-        options |= {"vocab_size": max(vocab_size, 300), "hard_vocab_limit": False}
-        options |= {"pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3, "num_threads": 1, "minloglevel": 2}
-        train = sentencepiece.SentencePieceTrainer.train
-        train(sentence_iterator=iter(lines), model_writer=model, **options)
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type="bpe",
+            byte_fallback=True,
+            vocab_size=max(vocab_size, 300),
+            hard_vocab_limit=False,
+            normalization_rule_name="nmt_nfkc_cf",
+            pad_id=0,
+            unk_id=1,
+            bos_id=2,
+            eos_id=3,
+            num_threads=1,
+            minloglevel=2,
+        )
         return cls(zlib.crc32(model.getvalue()).to_bytes(4, "little") + model.getvalue())
 
     def batch(self, captions: list[str], max_len: int) -> torch.Tensor:
@@ -1457,10 +1473,13 @@ def one_line_errors(*kinds: type[Exception]):
 
 def pick_device(name: str = "auto") -> torch.device:
     """'auto', 'cpu', 'cuda', 'cuda:1' or 'mps' -> a device that exists here. UserError: it does not."""
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    there = ["cpu", *gpus, *["cuda"] * bool(gpus), *["mps"] * torch.backends.mps.is_available()]
+    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if torch.cuda.is_available():
+        there.append("cuda")
+    if torch.backends.mps.is_available():
+        there.append("mps")
     if name == "auto":
-        name = "cuda" if gpus else "cpu"
+        name = "cuda" if "cuda" in there else "cpu"
     if name not in there:
         raise UserError(f"--device {name}: not a device of this machine; it has {', '.join(there)}")
     return torch.device(name)
