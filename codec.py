@@ -2,7 +2,7 @@
 
     wave --Encoder--> z --ResidualVQ--> codes --(look up, sum)--> z_q --Decoder--> wave_hat
 
-AudioGen (arXiv 2209.15352), section 3.1, and 3.3 for the streams. From elsewhere: VQ-VAE (1711.00937) for the
+AudioGen (arXiv 2209.15352), section 3.1, and 3.2 for the streams. From elsewhere: VQ-VAE (1711.00937) for the
 straight-through estimator and codebooks learnt by moving averages, SoundStream (2107.03312) for residual
 quantization, EnCodec (2210.13438) for the discriminator and the balancer.
 Trained by `train_codec.py`; this file needs PyTorch alone and can be copied into another project.
@@ -103,7 +103,7 @@ class ResidualUnit(nn.Module):
         super().__init__()
         self.block = nn.Sequential(
             nn.LayerNorm(c), nn.ELU(), Conv(c, c // 2, 3), nn.ELU(), nn.Linear(c // 2, c)
-        )
+        )  # the linear layer is a convolution of kernel 1
 
     def forward(self, x):
         return x + self.block(x)
@@ -186,9 +186,11 @@ class VectorQuantizer(nn.Module):
     vector of the batch. It restarts at twice the threshold: if nothing chooses it there, it is found dead
     again within 70 steps (2 * .99^69 = 1)."""
 
-    def __init__(self, codebook_size: int, dim: int, decay: float = 0.99, dead_code_threshold: float = 0.1):
+    decay = 0.99
+    dead_code_threshold = 0.1
+
+    def __init__(self, codebook_size: int, dim: int):
         super().__init__()
-        self.decay, self.dead_code_threshold = decay, dead_code_threshold
         self.embed = nn.Buffer(torch.randn(codebook_size, dim))  # (V, D)
         self.embed_sum = nn.Buffer(self.embed.clone())  # (V, D)
         self.cluster_size = nn.Buffer(torch.ones(codebook_size))  # (V,)
@@ -272,19 +274,11 @@ class VectorQuantizer(nn.Module):
 class ResidualVQ(nn.Module):
     """K codebooks in a row, each coding what the ones before it left over (SoundStream, section III-C).
 
-    K = 1 is plain vector quantization. More streams are the paper's section 3.3."""
+    K = 1 is plain vector quantization. More streams are the paper's section 3.2."""
 
-    def __init__(
-        self,
-        streams: int,
-        codebook_size: int,
-        dim: int = 128,
-        decay: float = 0.99,
-        dead_code_threshold: float = 0.1,
-    ):
+    def __init__(self, streams: int, codebook_size: int, dim: int = 128):
         super().__init__()
-        one = (codebook_size, dim, decay, dead_code_threshold)
-        self.codebooks = nn.ModuleList(VectorQuantizer(*one) for _ in range(streams))
+        self.codebooks = nn.ModuleList(VectorQuantizer(codebook_size, dim) for _ in range(streams))
 
     def forward(self, z, update: bool = True):
         """z (B, F, D) -> z_q (B, F, D) with straight-through gradient, codes (B, K, F), commitment loss ().
@@ -297,15 +291,14 @@ class ResidualVQ(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             residual = z.reshape(-1, D)  # (N, D)
-            codes, commitment = [], z.new_zeros(())
+            codes, commitment, z_q = [], z.new_zeros(()), torch.zeros_like(residual)
             for codebook in self.codebooks:
                 quantized, index = codebook(residual, update)
                 commitment = commitment + F.mse_loss(residual, quantized)
                 residual = residual - quantized
+                z_q = z_q + quantized
                 codes.append(index.view(B, n_frames))
-            # Straight through (VQ-VAE, section 3.2): z less what no codebook took up is the sum of the chosen
-            # vectors; as the remainder is detached, the gradient passes to z unchanged.
-            z_q = z - residual.view_as(z).detach()
+            z_q = z + (z_q.view_as(z) - z).detach()  # straight through: z_q, with z's gradient
         return z_q, torch.stack(codes, 1), commitment / len(self.codebooks)
 
     def decode(self, codes):
@@ -335,6 +328,10 @@ class Codec(nn.Module):
 
     def latents(self, wave):
         """Wave (B, T) to z (B, F, D), F = ceil(T / hop): the end is padded with silence to a whole frame."""
+        if wave.dim() != 2:
+            raise CodecError(
+                f"expected waves (B, T), got {tuple(wave.shape)}: of a single one, give wave[None]"
+            )
         wave = F.pad(wave, (0, -wave.shape[1] % self.cfg.hop))
         return self.encoder(wave[:, :, None])
 
@@ -376,7 +373,7 @@ class Codec(nn.Module):
             is_last = chunk is None
             if is_last and z is None:  # there were no codes at all
                 return
-            new = 0 * z[:, :margin] if is_last else self.quantizer.decode(chunk)
+            new = torch.zeros_like(z[:, :margin]) if is_last else self.quantizer.decode(chunk)
             z = F.pad(new, (0, 0, margin, 0)) if z is None else torch.cat((z, new), 1)  # as `inp` pads
             if z.shape[1] > 2 * margin:
                 y, state = self.decoder.lstm(self.decoder.inp(z)[:, margin:-margin], state)
@@ -436,6 +433,15 @@ def load_checkpoint(path, kind: str) -> dict:
 # Losses of the reconstruction
 
 
+def stft(wave, n_fft: int):
+    """Wave (B, T) to its complex spectrum (B, n_fft / 2 + 1, frames), hop a quarter of the Hann window.
+
+    Divided by the window's norm, so that white noise is as loud at all windows."""
+    window = torch.hann_window(n_fft, device=wave.device)
+    options = {"window": window, "pad_mode": "constant", "return_complex": True}
+    return torch.stft(wave, n_fft, n_fft // 4, **options) / window.norm()
+
+
 def mel_filters(n_fft: int, n_mels: int):
     """Triangular filters, centres evenly spaced on the mel scale 2595 log10(1 + f / 700) from 0 to 8 kHz.
 
@@ -474,15 +480,11 @@ class MelLoss(nn.Module):
         super().__init__()
         self.windows, self.floor = [2**i for i in exponents], floor
         for n in self.windows:
-            self.register_buffer(f"window{n}", torch.hann_window(n), persistent=False)
             self.register_buffer(f"filters{n}", mel_filters(n, n_mels or max(64, n // 4)), persistent=False)
 
     def mel(self, wave, n: int):
         """Wave (B, T) to its mel spectrum (B, frames, M) at window n."""
-        window = getattr(self, f"window{n}")
-        spectrum = torch.stft(wave, n, n // 4, window=window, pad_mode="constant", return_complex=True)
-        magnitude = spectrum.abs().transpose(1, 2) / window.norm()  # white noise reads alike at all windows
-        return magnitude @ getattr(self, f"filters{n}")
+        return stft(wave, n).abs().transpose(1, 2) @ getattr(self, f"filters{n}")
 
     def forward(self, target, estimate):
         """Both (B, T) -> loss (). Gradient flows to the estimate only."""
@@ -514,7 +516,6 @@ class DiscriminatorSTFT(nn.Module):
     def __init__(self, n_fft: int, filters: int):
         super().__init__()
         self.n_fft = n_fft
-        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
 
         def conv(*args, **options):
             return nn.utils.parametrizations.weight_norm(nn.Conv2d(*args, **options))
@@ -528,13 +529,11 @@ class DiscriminatorSTFT(nn.Module):
 
     def forward(self, wave):
         """Wave (B, T) -> logits (B, 1, frames, bands), and the features of every layer."""
-        n = self.n_fft
-        spectrum = torch.stft(wave, n, n // 4, window=self.window, pad_mode="constant", return_complex=True)
-        x = torch.view_as_real(spectrum / self.window.norm()).permute(0, 3, 2, 1)  # (B, 2, frames, bins)
+        x = torch.view_as_real(stft(wave, self.n_fft)).permute(0, 3, 2, 1)  # (B, 2, frames, bins)
         features = []
         for layer in self.convs:
             if layer.in_channels > x.shape[1]:
-                x = fold(x)  # bins are even here: 2^n + 1 at first, and each even kernel adds one
+                x = fold(x)  # the n_fft / 2 + 1 bins are odd at first, and each even kernel adds one
             x = F.leaky_relu(layer(x), 0.2)
             features.append(x)
         return self.conv_post(x).float(), features
@@ -587,7 +586,8 @@ class Balancer(nn.Module):
     def __init__(self, names, decay: float = 0.999):
         super().__init__()
         self.names, self.decay = list(names), decay
-        self.norm, self.steps = (nn.Buffer(torch.zeros(len(self.names))) for _ in range(2))
+        self.average_norm = nn.Buffer(torch.zeros(len(self.names)))
+        self.steps = nn.Buffer(torch.zeros(len(self.names)))
 
     def forward(self, losses: dict, weights: dict, output):
         """Losses and their weights by name, output (B, T) -> gradient (B, T) to send back from there."""
@@ -596,17 +596,17 @@ class Balancer(nn.Module):
         for name in active:
             i = self.names.index(name)
             (g,) = torch.autograd.grad(losses[name], output, retain_graph=True)
-            norms = len(g) * g.norm(dim=1, keepdim=True)  # (B, 1)
-            norm = norms.mean()
+            clip_norms = len(g) * g.norm(dim=1, keepdim=True)  # (B, 1)
+            batch_norm = clip_norms.mean()
             if dist.is_initialized():
-                dist.all_reduce(norm, op=dist.ReduceOp.SUM)
-                norm = norm / dist.get_world_size()
-            if torch.isfinite(norm):  # one bad step must not stay in the average for ever
-                self.norm[i] = self.decay * self.norm[i] + (1 - self.decay) * norm
+                dist.all_reduce(batch_norm)
+                batch_norm = batch_norm / dist.get_world_size()
+            if torch.isfinite(batch_norm):  # one bad step must not stay in the average for ever
+                self.average_norm[i].lerp_(batch_norm, 1 - self.decay)
                 self.steps[i] += 1
-            average = self.norm[i] / (1 - self.decay ** self.steps[i])
+            average = self.average_norm[i] / (1 - self.decay ** self.steps[i])
             share = weights[name] / sum(weights[n] for n in active)
-            gradient += share * g / torch.maximum(norms, average + 1e-12)
+            gradient += share * g / torch.maximum(clip_norms, average + 1e-12)
         return gradient
 
 
@@ -637,16 +637,12 @@ def log_spectrum_distance(target, estimate, windows=(256, 512, 1024, 2048), floo
     """Mean absolute difference of log10 |STFT|, mean over four windows; lower is better.
 
     It sees fine structure that a mel spectrum averages away: two noises of one spectrum are .30 apart."""
-    total = torch.zeros(len(target), device=target.device)
+    distances = []
     for n in windows:
-        window = torch.hann_window(n, device=target.device)
-
-        def log_magnitude(wave, n=n, window=window):
-            spectrum = torch.stft(wave, n, n // 4, window=window, pad_mode="constant", return_complex=True)
-            return spectrum.abs().clamp(min=floor).log10()
-
-        total = total + (log_magnitude(target) - log_magnitude(estimate)).abs().mean((1, 2))
-    return total / len(windows)
+        least = floor / math.sqrt(3 * n / 8)  # the norm of a Hann window, by which `stft` has divided
+        x, y = (stft(wave, n).abs().clamp(min=least).log10() for wave in (target, estimate))
+        distances.append((x - y).abs().mean((1, 2)))
+    return torch.stack(distances).mean(0)
 
 
 def perplexity(counts) -> float:

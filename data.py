@@ -148,7 +148,7 @@ def decode_blocks(file: soundfile.SoundFile) -> Iterator[torch.Tensor]:
 def read_blocks(path: str) -> Iterator[torch.Tensor]:
     """The sound in `path` as float32 blocks (T,) at 16 kHz mono. UserError: it cannot be decoded."""
     if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file; check its path, or where the table lies")
+        raise UserError(f"{path}: no such sound file; check its path")
     try:
         with open(path, "rb") as raw, soundfile.SoundFile(raw) as file:
             if file.frames == 0:
@@ -193,22 +193,46 @@ AUDIO = {".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".ai
 OTHER_MEDIA = {".m4a", ".aac", ".wma", ".mp4", ".webm", ".mkv", ".mov", ".avi"}  # not for libsndfile
 MEDIA = tuple(AUDIO | OTHER_MEDIA)
 TABLES = {".csv", ".tsv", ".json", ".jsonl"}
+TEXTS = {".txt", ".lab", ".json", ".srt", ".vtt", ".textgrid"}
 NO_TABLES = {".parquet", ".xlsx", ".xls", ".ods", ".pkl", ".yaml", ".yml", ".tar", ".tgz", ".zip"}
 
 # What columns of words are called, as patterns: of captions as they are, of one class, of tags to be joined.
 # Where several columns hold words, the first pattern decides.
 CAPTIONS = "(main_)?captions?|.*captions?.*|sentences?|text|transcri.*|descriptions?|prompts?|summary|words"
 CLASSES = "category|class|class_name|class_string|classname|labels?"
-TAGS = f"common_name|display_name|{CLASSES}|.*category.*|.*class.*|.*label.*|tags?|keywords?|.*event.*"
-TAGS += "|.*scene.*|choice|name|species|genre|title"
-SPLITS = r"((data_?|dataset_)?(split|subset|set|partition|fold)s?|is_(train|test|val|valid|eval)\w*)"
+TAGS = f"common_names?|display_names?|scientific_name|{CLASSES}|.*category.*|.*class.*|.*label.*|tags?"
+TAGS += "|keywords?|.*event.*|.*scene.*|choice|name|species|genre|title"
+RANKS = {"phylum", "order", "family", "genus"}  # of animals: a "class" beside them is one, such as "aves"
+# Columns about who made a recording, and how: their words are taken only if they are asked for.
+ABOUT = (
+    r"(.*_)?(licen[cs]e|author|artist|speaker|annotator|recordist|uploader|user_?name|user|source|by|gender"
+)
+ABOUT += r"|sex|model|device|format|status|language|locale|country|reward|worker|captioner|transcriber"
+ABOUT += r"|label+er|[a-z]+if[iy]er|site|url|link|credits?|attribution|copyright|dataset|date|time)"
+ABOUT += r"(_(name|id|type))?|.*_(id|idx|index|code)|super_?(category|class)"
+SPLITS = r"((data_?|dataset_)?(split|subset|set|partition|fold)s?"
+SPLITS += r"|is_(train|test|val|valid|eval)(ing|idation|uation)?(_set|_split)?)"
+CLASS_IDS = r"(.*_)?(class|label|target|category)(_?(id|index|idx|code))?"
 SPLIT_WORDS = {"train": "train", "training": "train", "dev": "dev", "development": "dev"}
 SPLIT_WORDS |= dict.fromkeys(["val", "valid", "validation", "validate", "validating"], "val")
 SPLIT_WORDS |= dict.fromkeys(["test", "testing", "eval", "evaluation", "evaluate"], "test")
 # Folders that are called so are no class of sounds.
 STRUCTURE = {"audio", "wav", "wavs", "flac", "mp3", "ogg", "clip", "clips", "sound", "sounds", "data", "raw"}
-STRUCTURE |= {"dataset", "file", "files", "fold", "folder", "subfolder", "recording", "recordings", "samples"}
+STRUCTURE |= {
+    "dataset",
+    "file",
+    "files",
+    "fold",
+    "folder",
+    "subfolder",
+    "recording",
+    "recordings",
+    "samples",
+    "mono",
+    "stereo",
+}
 
+WRITTEN = ("codec_wavs", "lm_wavs")  # folders that the training scripts write into --out
 SHOWN = 10  # lines of one kind that are printed; the others are counted
 
 csv.field_size_limit(2**31 - 1)  # Python's own limit is shorter than some captions
@@ -264,6 +288,8 @@ def stem(name: str) -> str:
 NO_WORDS = re.compile(
     r"true|false|nan|none|null|n/a"
     r"|(/[mgt]/\w+[ ,;]*)+|\w+://\S+|www\.\S+|/\S*|\S+\.[a-z]\w{1,3}"  # ids, addresses, paths, files
+    r"|(?=(.*\d){3})([\d\W_]|(jan|feb|mar|apr|may|ju[nl]|aug|sep|oct|nov|dec|mon|tue|wed|thu|fri|sat|sun)[a-z]*"
+    r"|[ap]m|gmt|utc)+"  # dates
     r"|[0-9a-f-]{16,}|(?-i:(?=[\w-]{11}\Z)(?=.*\d)(?=.*[A-Z]).*[a-z].*)",  # hashes, and YouTube's ids
     re.IGNORECASE,
 )
@@ -279,12 +305,22 @@ def clean_caption(text: str) -> str:
     return " ".join(text.split())
 
 
-def cell_texts(cell: object) -> list[str]:
-    """The texts in a cell, cleaned: of a string, of a list of strings, or of a list written as a string."""
-    if isinstance(cell, str) and cell[:1] == "[" and cell[-1:] == "]":
-        commas = re.sub(r"(['\"])\s+(?=['\"])", r"\1, ", cell)  # NumPy writes lists without them
+def parsed(cell: str) -> object:
+    """What a cell holds that is written as a list or as JSON; if it is neither, the cell itself."""
+    commas = re.sub(r"(['\"])\s+(?=['\"])", r"\1, ", cell)  # NumPy writes lists without them
+    for read, text in ((ast.literal_eval, commas), (json.loads, cell)):
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-            cell = ast.literal_eval(commas)
+            return read(text)
+    return cell
+
+
+def cell_texts(cell: object) -> list[str]:
+    """The texts in a cell, cleaned: of a string, of a list of strings, of the values of a dictionary, or of
+    one of these written as a string."""
+    if isinstance(cell, str) and cell[:1] + cell[-1:] in ("[]", "{}"):
+        cell = parsed(cell)
+    if isinstance(cell, dict):
+        return [text for value in cell.values() for text in cell_texts(value)]
     if isinstance(cell, list):
         return [text for item in cell if isinstance(item, str) for text in cell_texts(item)]
     text = clean_caption(cell) if isinstance(cell, str) else ""
@@ -357,7 +393,7 @@ def folder_splits(paths: Iterable[str]) -> dict[str, str]:
     for above, names in siblings.items():
         words = set(map(split_word, names))
         exact = {split_word(name) for name in names if name.lower() in SPLIT_WORDS}
-        all_splits = "" not in words and (len(words) > 1 or len(names) == 1 and exact)
+        all_splits = "" not in words and (len(words) > 1 or len(names) == 1)
         if all_splits or ("train" in exact and len(exact) > 1):
             splits |= {os.path.join(above, name): side for name, side in sides(names).items() if side}
     return splits
@@ -455,9 +491,12 @@ def csv_table(path: str, text: str) -> Table:
     text = text[len(comments) :]
     head = "\n".join(text.split("\n", 200)[:200])
 
-    def evenness(delimiter: str) -> float:  # the share of lines with as many cells as the first
-        widths = [len(row) for row in csv_rows(head, delimiter)]
-        return widths.count(widths[0]) / len(widths) if widths and widths[0] > 1 else 0
+    def evenness(delimiter: str) -> tuple:
+        """The share of lines with as many cells as the first; among equals, one with names of files is it."""
+        rows = csv_rows(head, delimiter)
+        widths = list(map(len, rows))
+        even = widths.count(widths[0]) / len(widths) if rows and widths[0] > 1 else 0
+        return even, any(stem(cell) != cell for row in rows[-1:] for cell in row)
 
     delimiter = max(",\t;|", key=evenness)
     try:
@@ -482,12 +521,14 @@ def csv_table(path: str, text: str) -> Table:
 def looks_headless(rows: list[list[str]]) -> bool:
     """Is the first row data already? Then it holds a number, a file, a sentence, or an id as below."""
     below = {re.sub(r"\d", "0", cell) for row in rows[1:] for cell in row}
-    for i, cell in enumerate(rows[0] if rows else []):
+    filled = [cell for row in rows[:1] for cell in row if cell]
+    numbered = filled == [str(i) for i in range(len(filled))]  # pandas calls nameless columns 0, 1, ...
+    for cell in filled:
         shape = re.sub(r"\d", "0", cell)
         number_or_id = re.fullmatch(r"-?0+(\.0+)?", shape) or (shape in below and shape != cell)
         if stem(cell) != cell or len(cell) > 60:
             return True
-        if number_or_id and cell != str(i):  # pandas calls nameless columns 0, 1, ...
+        if number_or_id and not numbered:
             return True
     return False
 
@@ -523,8 +564,9 @@ def json_rows(path: str, data: list | dict) -> list[dict]:
     kinds = set() if tables else set(map(type, data.values()))
     if kinds == {dict}:  # {'a.wav': row, 'b.wav': row}
         rows = [{"key": key} | row for key, row in data.items()]
-        if all(name.isdecimal() for row in data.values() for name in row):
-            raise UserError(f"{path}: is keyed by column; save it as CSV, or as a list of rows")
+        if all(name.isdecimal() for row in data.values() for name in row):  # {'path': {'0': 'a.wav'}}
+            numbers = dict.fromkeys(number for column in data.values() for number in column)
+            rows = [{name: column.get(n) for name, column in data.items()} for n in numbers]
     elif kinds and kinds <= {str, list} and all(stem(key) != key for key in data):  # {'a.wav': 'rain falls'}
         rows = [{"key": key, "caption": cell} for key, cell in data.items()]
     elif kinds == {list} and len(set(map(len, data.values()))) == 1:  # {'path': [cells], 'caption': [cells]}
@@ -533,12 +575,20 @@ def json_rows(path: str, data: list | dict) -> list[dict]:
 
 
 def rows_table(path: str, rows: list[dict]) -> Table:
-    """Rows as a table; {'audio': {'path': 'a.wav'}} fills a column called audio.path."""
+    """Rows as a table; {'audio': {'path': 'a.wav'}} fills a column called audio.path, and so does a list of
+    such dictionaries, with a list if they are several."""
 
     def flat(row: dict, above: str = "") -> dict:
         cells: dict = {}
         for name, cell in row.items():
-            cells |= flat(cell, f"{above}{name}.") if isinstance(cell, dict) else {above + name: cell}
+            if isinstance(cell, dict):
+                cells |= flat(cell, f"{above}{name}.")
+            elif isinstance(cell, list) and cell and all(isinstance(part, dict) for part in cell):
+                for key in dict.fromkeys(key for part in cell for key in part):
+                    values = [part[key] for part in cell if key in part]
+                    cells[f"{above}{name}.{key}"] = values[0] if len(values) == 1 else values
+            else:
+                cells[above + name] = cell
         return cells
 
     rows = [flat(row) for row in rows]
@@ -588,7 +638,9 @@ class Sounds:
         for one in (key, key.casefold()):
             if one in self.index:
                 return self.index[one]
-        clips = self.clips.get(key, [])
+        # 'barking-dog.wav' has as many letters as a film's id.
+        may_be_id = key == name or (re.search(r"\d", key) and not is_words(key))
+        clips = self.clips.get(key, []) if may_be_id else []
         cells = [str(column[i]).strip() for column in table.columns.values()] if clips else []
         numbers = {float(cell) for cell in cells if re.fullmatch(r"\d+(\.\d+)?", cell)}
         seconds = numbers | {1000 * number for number in numbers}  # some names give milliseconds
@@ -607,7 +659,10 @@ def walk(root: str) -> Sounds:
             below.clear()
             continue
         visited.add(os.path.realpath(where))
-        below[:] = sorted(name for name in below if not name.startswith((".", "__MACOSX")))
+        if "audio.i16" in names or (".lock" in names and where != root):  # written by these scripts
+            below.clear()
+            continue
+        below[:] = sorted(name for name in below if not name.startswith((".", "__MACOSX", *WRITTEN)))
         files += [os.path.relpath(os.path.join(where, name), root) for name in names if name[0] != "."]
     return Sounds(root, files)
 
@@ -656,12 +711,16 @@ def places_of(cell: tuple[str, str], table: Table, i: int, sounds: Sounds) -> li
     same name with the same extension comes first."""
     folder, name = cell
     found = sounds.find(name, table, i) if name else []
-    wanted = [name_key(part) for part in reversed(folder.split("/")) if part] if found else []
+    wanted = [name_key(part).casefold() for part in reversed(folder.split("/")) if part] if found else []
     places = []
     for path in found:
         there = path.split("/")[:-1]
-        same = len(os.path.commonprefix([wanted, [name_key(part) for part in reversed(there)]]))
-        places.append((len(wanted) - same, "/".join(there[: len(there) - same]), path))
+        same = len(os.path.commonprefix([wanted, [name_key(part).casefold() for part in reversed(there)]]))
+        ignored, base = wanted[same:], there[: len(there) - same]
+        above = {name_key(part).casefold() for part in base}
+        # 'audio/dog/1' is not audio/cat/1.wav: what both lie in does not count where the next folder differs
+        if not ignored or ignored[0] in above or above.isdisjoint(ignored):
+            places.append((len(ignored), "/".join(base), path))
     places.sort(key=lambda place: (place[0], os.path.basename(place[2]) != name))
     return [place for place in places if place[0] == places[0][0]]
 
@@ -692,6 +751,8 @@ def below_one_base(table: Table, places: list[list[Place]], sounds: Sounds) -> l
 def match_column(table: Table, column: str, sounds: Sounds, given: bool) -> Match | None:
     """Which sounds a column names; None: none, or, unless the user gave it, so few that it may be chance."""
     cells = table.columns[column]
+    if not given and re.fullmatch(f"{SPLITS}|{CLASS_IDS}", family(column)):  # fold 1 is not 1.wav
+        return None
     # Most columns name no sound. A few cells show it, so many that ten hit one if each sound has a row.
     step = max(1, min(len(cells) // 1000, len(sounds.paths) // 10))
     some = range(0, len(cells), step) if sounds.paths else []
@@ -699,6 +760,11 @@ def match_column(table: Table, column: str, sounds: Sounds, given: bool) -> Matc
         return None
     cells = [split_path(cell) for cell in cells]
     places = [places_of(cell, table, i, sounds) for i, cell in enumerate(cells)]
+    # A row does not ignore its folder to find a sound in the folder that other rows name.
+    folders = [set(folder.casefold().split("/")) for folder, _ in cells]
+    theirs = set.union(*folders) - set.intersection(*folders) - {""}
+    for row in places:
+        row[:] = [p for p in row if p[0] == 0 or theirs.isdisjoint(p[1].casefold().split("/"))]
     # A row that has to ignore more folders than usual would find its sound in a neighbour's folder.
     ignored = sorted(row[0][0] for row in places if row)
     places = [row if row and row[0][0] <= ignored[len(ignored) // 2] else [] for row in places]
@@ -706,8 +772,12 @@ def match_column(table: Table, column: str, sounds: Sounds, given: bool) -> Matc
     exact = sum(os.path.basename(path) == name for path, (_, name) in zip(paths, cells) if path)
     found = set(paths) - {""}
     # It is no chance if most rows have their sound or, but for mere numbers, most sounds there have a row.
-    numbers = all(stem(os.path.basename(path)).isdecimal() for path in found)
+    numbers = found and not exact and all(stem(os.path.basename(path)).isdecimal() for path in found)
     many = 2 * sum(map(bool, paths)) >= sum(bool(name) for _, name in cells)
+    # Ids from 0 or 1 to a few number something else than the many sounds there, such as classes.
+    counted = numbers and re.fullmatch("|id|index|idx|number|unnamed", family(column))
+    counted = counted and max(int(stem(os.path.basename(path))) for path in found) <= len(found)
+    many = many and not (counted and 2 * len(found) <= len(sounds.paths))
     if not found or not (given or many or (not numbers and sounds.share(found) >= 0.5)):
         return None
     return Match(column, sounds, paths, exact, len(found))
@@ -732,23 +802,30 @@ def likely_folders(table: Table, written: set[str]) -> Iterator[Sounds]:
 
 def find_files(table: Table, files: str | None) -> Match:
     """The column that names sounds, most of them as they are written; `files` if given."""
-    names, written = [files] if files else list(table.columns), []
-    for name in names:
-        written.append({cell for cell in table.cells(name) if isinstance(cell, str) and stem(cell) != cell})
-    most, paths = max(map(len, written)), set().union(*written)
+    written = {}
+    for name in [files] if files else table.columns:
+        written[name] = {cell for cell in table.cells(name) if isinstance(cell, str) and stem(cell) != cell}
+    most, paths = max(map(len, written.values())), set().union(*written.values())
     hint = f", such as {min(paths)!r}" if paths else ""
     for sounds in likely_folders(table, paths):
-        matches = []
-        for name in names:
-            match = match_column(table, name, sounds, bool(files))
+        matches, unclear = [], {}
+        for name in written:
+            try:
+                match = match_column(table, name, sounds, bool(files))
+            except UserError as error:
+                unclear[name] = error
+                continue
             # Beside a column of file names, one whose few cells happen to be names of sounds is not it.
             if match and (match.exact or len(set(map(str, table.columns[name]))) >= most):
                 matches.append(match)
+        for name, error in unclear.items():  # a numbering may be unclear where another column names files
+            if len(written[name]) == most > 0 or not any(match.exact for match in matches):
+                raise error
         if matches:
             return best_match(table, matches)
         if any(kind_of(path) in OTHER_MEDIA for path in sounds.others):
             hint = ": there are .m4a or films, which ffmpeg -i X.m4a X.wav makes readable"
-    what = f"no column names sounds that exist, of {listed(names)}{hint}"
+    what = f"no column names sounds that exist, of {listed(written)}{hint}"
     raise NoSounds(f"{table.path}: {what}; put the table beside its sounds, or choose with --files COLUMN")
 
 
@@ -781,38 +858,60 @@ def holds_words(cells: list) -> bool:
     return texts != [] and not numbering and 2 * sum(map(is_words, texts)) >= len(texts)
 
 
+def is_constant(cells: list) -> bool:
+    """Do three rows or more all say the same?"""
+    return len(cells) > 2 and len(set(map(str, cells))) == 1
+
+
+def rank_words(table: Table, taken: set) -> dict[str, int]:
+    """{column: the place of the first pattern that its name fits} of the columns that hold words.
+
+    A column whose name says nothing, and whose cells all say the same, is a remark, not a caption."""
+    patterns, ranks = f"{CAPTIONS}|{TAGS}".split("|"), {}
+    of_animals = len(RANKS.intersection(map(family, table.columns))) > 1
+    for name, cells in table.columns.items():
+        if name in taken or re.fullmatch(ABOUT, family(name)) or not holds_words(cells):
+            continue
+        fitting = [i for i, pattern in enumerate(patterns) if re.fullmatch(pattern, family(name))]
+        if of_animals and family(name) == "class":
+            fitting = []
+        if fitting or not is_constant(cells):
+            ranks[name] = min(fitting, default=len(patterns))
+    return ranks
+
+
 def find_words(table: Table, taken: set) -> tuple[list[str], list[str]]:
     """The columns of captions, and, best first, those of tags for rows without one; either may be none."""
-    patterns, rank = f"{CAPTIONS}|{TAGS}".split("|"), {}
-    for name, cells in table.columns.items():
-        if name not in taken and holds_words(cells):
-            fitting = [i for i, pattern in enumerate(patterns) if re.fullmatch(pattern, family(name))]
-            rank[name] = min(fitting, default=len(patterns))
-    best = [name for name in rank if rank[name] == min(rank.values())]
+    first_tag, unknown = len(CAPTIONS.split("|")), len(f"{CAPTIONS}|{TAGS}".split("|"))
+    ranks = rank_words(table, taken)
+    best = [name for name in ranks if ranks[name] == min(ranks.values())]
     rows = list(zip(*(table.columns[name] for name in best)))
-    known = bool(best) and rank[best[0]] < len(patterns)
+    known = bool(best) and ranks[best[0]] < unknown
     ambiguous = len(best) > 1 and not (known and len(set(map(family, best))) == 1)
     # Between columns that mostly agree any will do: LJSpeech writes numbers as digits and again as words.
     if ambiguous and 2 * sum(len(set(map(str, row))) == 1 for row in rows) < len(rows):
         raise UserError(f"{table.path}: columns {listed(best)} all hold words; choose with --words COLUMN")
     if not known:
         return (best, []) if any(" " in str(cell) for row in rows for cell in row) else ([], best)
-    first_tag = len(CAPTIONS.split("|"))
-    tags = [name for name in sorted(rank, key=rank.get) if first_tag <= rank[name] < len(patterns)]
-    return ([] if best[0] in tags else best), tags
+    tags = [name for name in sorted(ranks, key=ranks.get) if first_tag <= ranks[name] < unknown]
+    if best[0] in tags:
+        return [], tags
+    return best, [name for name in tags if not is_constant(table.columns[name])]
 
 
 def find_splits(table: Table, taken: set) -> str:
     """The column that says what trains and validates, or ''. Words count for more than numbered folds."""
     found = ""
     for name, cells in table.columns.items():
+        if name in taken or found == "split":
+            continue
         values = {str(cell).strip().lower() for cell in cells if cell}
         # Whatever a column is called, if it holds 'train' and 'test' and nothing else, it is one; also if it
         # holds 'test' alone. ('train' alone may be what sounds.)
         sides_named = {SPLIT_WORDS.get(value, "") for value in values}
         plain = "" not in sides_named and sides_named - {"train", "dev"}
         named = name == "split" or (re.fullmatch(SPLITS, family(name)) and any(column_splits(name, cells)))
-        if name not in taken and (plain or named) and (not found or any(map(split_word, values))):
+        if (plain or named) and (not found or any(map(split_word, values))):
             found = name
     return found
 
@@ -832,8 +931,8 @@ def row_captions(table: Table, i: int, captions: list[str], tags: list[str]) -> 
 def check_rows(table: Table, match: Match):
     """Refuse rows that are about moments in files, or were swallowed by a quote that is not closed."""
     for name, cells in table.columns.items():
-        times = re.search("onset|offset|start|begin|end|stop", family(name))
-        moments = {(path, str(cell)) for path, cell in zip(match.paths, cells) if path and times}
+        times = re.search("(^|_)(onset|offset|start|begin|end|stop)(s|time)?(_|$)", family(name))
+        moments = {(path, str(cell)) for path, cell in zip(match.paths, cells) if path and times and cell}
         if len(moments) > match.distinct:
             what = f"its rows are about moments in the files (column {name!r}), not about whole sounds"
             raise UserError(f"{table.path}: {what}; cut the files there, or drop that column")
@@ -843,6 +942,34 @@ def check_rows(table: Table, match: Match):
             name = split_path((line.split(table.delimiter) + [""] * place)[place])[1]
             if stem(name) != name or name_key(name) in match.sounds.index:
                 raise UserError(f"{table.path}: a quote is not closed before the row of {name!r}; close it")
+
+
+def repeats_names(table: Table, match: Match) -> set[str]:
+    """The columns that mostly repeat the sounds' names: 'dog_bark_2' beside dog_bark_2.wav is no caption."""
+    names = [name_key(os.path.basename(path)) for path in match.paths]
+    known = "|".join(set(f"{CAPTIONS}|{TAGS}".split("|")) - {"name", "title"})
+    repeating = set()
+    for column, cells in table.columns.items():
+        same = sum(name == str(cell) for name, cell in zip(names, cells) if name)
+        if 2 * same > sum(map(bool, names)) > 1 and not re.fullmatch(known, family(column)):
+            repeating.add(column)
+    return repeating
+
+
+def name_classes(table: Table) -> bool:
+    """Write the names of classes over AudioSet's ids, such as /m/0bt9lr, in place; False: nothing says them.
+
+    class_labels_indices.csv does, which lies beside the table or in the folder above."""
+    here, names = os.path.dirname(table.path), {}
+    for folder in (os.path.dirname(here), here):
+        for path in glob.glob(os.path.join(glob.escape(folder), "class_labels_indices*.csv")):
+            known = read_table(path, []).columns
+            names |= dict(zip(known.get("mid", []), known.get("display_name", [])))
+    for column, cells in table.columns.items():
+        ids = [re.findall(r"/[mgt]/\w+", str(cell)) for cell in cells]
+        if names and any(ids):
+            table.columns[column] = [[names.get(one, "") for one in row] for row in ids]
+    return bool(names)
 
 
 def table_entries(path: str, flags: Flags, notes: list) -> list[Entry]:
@@ -860,13 +987,16 @@ def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Ent
     if flags.split and not any(splits):
         raise UserError(f"{table.path}: column {split!r} has no train, val or test, and no folds")
     words = table
-    captions, tags = (flags.words, []) if flags.words else find_words(table, {match.column, split})
+    taken = {match.column, split, *repeats_names(table, match)}
+    captions, tags = (flags.words, []) if flags.words else find_words(table, taken)
+    if not (captions or tags) and name_classes(table):
+        captions, tags = find_words(table, taken)
     if not (captions or tags):  # they may lie beside the sounds
         words = beside_table(match.sounds, match.paths, notes)
         captions, tags = find_words(words, set())
     if not (captions or tags):
         what = f"no column holds words, of {listed(table.columns)}; choose with --words COLUMN"
-        raise UserError(f"{table.path}: {what} (class_labels_indices.csv names ids such as /m/0a)")
+        raise UserError(f"{table.path}: {what} (class_labels_indices.csv beside it names ids such as /m/0a)")
     classes = [name for name in captions + tags if re.fullmatch(CLASSES, family(name))]
     entries: dict[str, Entry] = {}
     for i, sound in enumerate(match.paths):
@@ -877,8 +1007,8 @@ def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Ent
             continue
         if path not in entries:
             category = str(words.columns[classes[0]][i] or "") if classes else ""
-            category = "" if re.search(r"[,;\[]", category) else pseudo_sentence(category)  # they are several
-            entries[path] = Entry(path, [], splits[i], category)
+            one = is_words(category) and not re.search(r"[,;|\[]", category)
+            entries[path] = Entry(path, [], splits[i], pseudo_sentence(category) if one else "")
         known = entries[path].captions
         known += [text for text in texts if text not in known]
     if not entries:
@@ -895,30 +1025,49 @@ def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Ent
 METADATA = re.compile(r"(^|/)metadata\.\w+$")  # Hugging Face: a table of the folder that it lies in
 
 
+MOMENT = re.compile(r"^[\d.,]+\s+[\d.,]+\s+")  # when an event begins and ends, as Audacity writes it
+
+
 def beside_table(sounds: Sounds, paths: list[str], notes: list) -> Table:
     """A row for each sound: what a .txt (a caption a line) or .json of its name says that lies beside it."""
-    rows, others = [], set(sounds.others)
+    rows, texts = [], {path.casefold(): os.path.join(sounds.root, path) for path in sounds.others}
     for path in paths:
-        base, row = os.path.join(sounds.root, stem(path)), {"path": path}
+        name, row = stem(path).casefold(), {"path": path}
         try:
-            lines = read_text(base + ".txt", notes).split("\n") if stem(path) + ".txt" in others else []
-            moments = any(re.match(r"[\d.]+\t[\d.]+\t", line) for line in lines)  # Audacity's labels
-            if any(lines) and not moments:
+            lines = read_text(texts[name + ".txt"], notes).split("\n") if name + ".txt" in texts else []
+            events = [re.sub(MOMENT, "", line) for line in lines]
+            if events != lines:
+                row["captions of events"] = [] if any("\t" in event for event in events) else events
+            elif any(lines) and not any(line.count("\t") > 1 for line in lines):  # a table is no caption
                 row["caption"] = lines
-            elif stem(path) + ".json" in others:
-                row |= json.loads(read_text(base + ".json", notes))
+            elif name + ".json" in texts:
+                row |= json.loads(read_text(texts[name + ".json"], notes))
         except (UserError, ValueError, TypeError) as why:
             notes.append(("the text beside it cannot be read", f"{path} ({why})"))
         rows.append(row)
+    if not all(row.get("captions of events") for row in rows):  # of some sounds: then other words say more
+        for row in rows:
+            row.pop("captions of events", None)
     return rows_table(os.path.join(sounds.root, ""), rows)
 
 
-def class_of(path: str, splits: dict[str, str]) -> str:
+def numbered_folders(paths: Iterable[str]) -> set[str]:
+    """Folders whose siblings all differ in digits and signs only: Actor_01/ and Actor_02/ are no classes."""
+    siblings = collections.defaultdict(set)
+    for folder in {folder for path in paths for folder in folders_of(path)}:
+        siblings[os.path.dirname(folder)].add(folder)
+    kinds = {above: {re.sub(r"[\W\d_]+", "", name) for name in names} for above, names in siblings.items()}
+    return {
+        name for above, names in siblings.items() for name in names if len(kinds[above]) == 1 < len(names)
+    }
+
+
+def class_of(path: str, no_classes: set[str]) -> str:
     """The deepest folder of a relative path that is called by a word, and not train/, audio/ or fold1/."""
     for folder in reversed(folders_of(path)):
         words = pseudo_sentence(name_key(os.path.basename(folder))).split()
         spoken = [word for word in words if not re.search(r"\d", word) and word not in STRUCTURE]
-        if spoken and folder not in splits:
+        if is_words(os.path.basename(folder).replace("_", " ")) and spoken and folder not in no_classes:
             return " ".join(words)
     return ""
 
@@ -932,13 +1081,36 @@ def tables_entries(folder: str, tables: list[str], flags: Flags, notes: list) ->
         except UserError as error:
             failed[path] = error
     for path, error in failed.items():
-        if not isinstance(error, NoSounds) and (not read or split_word(path)):
+        other = isinstance(error, NoSounds) or kind_of(path) == ".txt"  # about something else, such as notes
+        if not other and (not read or split_word(path)):
             raise error
         notes.append(("a table that names no sound here, or is not understood", f"{path} ({error})"))
     words = set(map(split_word, read))
     if len(read) > 1 and not all(map(METADATA.search, read)) and ("" in words or len(words) < len(read)):
         raise UserError(f"{folder}: holds {len(read)} tables of sounds, {listed(read)}; give one of them")
     return list(itertools.chain(*read.values()))
+
+
+def refuse_unread_words(sounds: Sounds, paths: list[str], others: list[str], classes: bool):
+    """UserError: a folder holds a file that would say more than the names of folders, and was not read."""
+    stems = {stem(path).casefold() for path in paths}
+    for path in sounds.others:
+        dots = [dot.start() for dot in re.finditer(r"\.", path)]
+        if kind_of(path) in (".txt", ".json"):
+            dots.pop()  # a.txt beside a.wav has been read
+        if kind_of(path) in TEXTS and not stems.isdisjoint(path[:dot].casefold() for dot in dots):
+            what = f"{path} lies beside a sound, but is not read"
+            raise UserError(f"{sounds.root}: {what}; call it as the sound, with .txt, or write a table")
+    for path in others:
+        name = os.path.basename(path).lower()
+        has_words = re.search("caption|transcri|metadata", name)
+        if kind_of(path) in NO_TABLES and (has_words or not classes):
+            read_text(os.path.join(sounds.root, path), [])  # its error says what to do with it
+        if kind_of(path) in TABLES | {".txt", ".lst"} and (split_word(name) or "split" in name):
+            what = f"{path} seems to list a split"  # testing_list.txt
+            raise UserError(f"{sounds.root}: {what}; save a table of path, label and split")
+        if kind_of(path) in TABLES | {".txt"} and has_words:
+            raise UserError(f"{sounds.root}: {path} is not understood; python data.py {path} says why")
 
 
 def folder_entries(folder: str, flags: Flags, notes: list) -> list[Entry]:
@@ -949,7 +1121,8 @@ def folder_entries(folder: str, flags: Flags, notes: list) -> list[Entry]:
     match = Match("path", sounds, paths)
     described = set(map(stem, paths))
     others = [path for path in sounds.others if os.path.splitext(path)[0] not in described]
-    tables = [path for path in others if kind_of(path) in TABLES]
+    tables = [path for path in others if kind_of(path) in TABLES | {".txt"}]
+    tables = [path for path in tables if not re.search("readme|licen[cs]e", path.lower())]
     metadata = [path for path in tables if METADATA.search(path)]
     if not metadata:
         beside = beside_table(sounds, paths, notes)
@@ -958,17 +1131,17 @@ def folder_entries(folder: str, flags: Flags, notes: list) -> list[Entry]:
             return join_rows(beside, match, flags, notes)
     entries = tables_entries(folder, metadata or tables, flags, notes)
     if entries:
+        have_rows = {entry.path for entry in entries}
+        notes += [
+            ("no row of a table", path) for path in paths if os.path.join(folder, path) not in have_rows
+        ]
         return entries
-    splits = folder_splits(paths)
-    classes = [class_of(path, splits) for path in paths]
-    # These would say more than the names of folders, but are not read.
+    no_classes = {*folder_splits(paths), *numbered_folders(paths)}
+    classes = [class_of(path, no_classes) for path in paths]
+    refuse_unread_words(sounds, paths, others, bool(any(classes)))
     for path in others:
         if kind_of(path) in OTHER_MEDIA:
             notes.append(("not read; ffmpeg -i X.m4a X.wav makes it readable", path))
-        if kind_of(path) in NO_TABLES and (METADATA.search(path) or not any(classes)):
-            read_text(os.path.join(folder, path), notes)  # its error says what to do with it
-        if kind_of(path) == ".txt" and split_word(os.path.basename(path)):  # testing_list.txt
-            raise UserError(f"{folder}: {path} seems to list a split; save a table of path, label and split")
     if not any(classes):
         what = f"no usable sound among {len(classes)}; expected clip.txt beside clip.wav, folders of classes"
         raise UserError(f"{folder}: {what}, or a table; if it lies elsewhere, give it as the source")
@@ -1409,10 +1582,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say what to train on, the same in all scripts."""
-    what = "table or folder, each with an optional :WEIGHT"
-    parser.add_argument("--data", nargs="+", default=[SOUNDS], help=what)
+    """The flags that say what to train on, the same in both training scripts."""
+    what = "tables or folders, each with an optional :WEIGHT (default: the recordings in sounds/)"
+    parser.add_argument("--data", nargs="+", help=what)
     add_column_flags(parser)
+    parser.add_argument("--seed", type=whole_number, help="of all that is random (default: 0)")
 
 
 def add_column_flags(parser: argparse.ArgumentParser) -> None:
@@ -1421,6 +1595,35 @@ def add_column_flags(parser: argparse.ArgumentParser) -> None:
     add("--files", metavar="COLUMN", help="column that names the sound files (default: found by content)")
     add("--words", metavar="COLUMN[,COLUMN]", help="columns of captions (default: found by name and content)")
     add("--split-column", metavar="COLUMN", help="column that says train, val or test (default: found)")
+
+
+def recall_flags(args, saved: dict) -> dict:
+    """What a run trains on: flags as they are typed, else as in the run whose checkpoint was `saved`, else by
+    default. They are set in args, and returned, for the next checkpoint."""
+    if saved and "flags" not in saved:
+        raise UserError(f"{args.out}: its run is of another version: choose another --out for a new one")
+    if saved and args.steps and args.steps < saved["step"]:
+        raise UserError(f"--steps {args.steps}: {saved['step']} are done already; type more")
+    before = saved.get("flags", {})
+    defaults = {"data": [SOUNDS], "files": None, "words": None, "split_column": None, "seed": 0}
+    defaults |= {"batch": None, "mix": 0.5}
+    flags = {name: vars(args)[name] for name in defaults if name in vars(args)}
+    for name, typed in flags.items():
+        flags[name] = before.get(name, defaults[name]) if typed is None else typed
+    vars(args).update(flags)
+    return flags
+
+
+def data_command(args) -> str:
+    """The flags that name the data, as they have to be typed for another script."""
+    said = [] if args.data == [SOUNDS] else ["--data", *args.data]
+    for flag, column in (
+        ("--files", args.files),
+        ("--words", args.words),
+        ("--split-column", args.split_column),
+    ):
+        said += [flag, column] if column else []
+    return "".join(" " + shell_quote(word) for word in said)
 
 
 def file_name(text: str) -> str:
@@ -1448,6 +1651,9 @@ def one_line_errors(*kinds: type[Exception]):
     """Around main(): what the user can mend ends in one line and exit code 2; a bug keeps its traceback.
 
     The user's are UserError, the `kinds` given, a lack of memory, and errors of files that have a name."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a letter is no reason to stop
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
         return
@@ -1461,7 +1667,7 @@ def one_line_errors(*kinds: type[Exception]):
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate", str(error)):
             raise
-        text = "out of memory; halve --batch (train_lm.py: --micro), or take a smaller --size"
+        text = "out of memory; to train, lower --batch (train_lm.py: --micro) or --size, to sample --seconds"
     except OSError as error:
         if not error.filename and error.errno != errno.ENOSPC:
             raise

@@ -4,20 +4,20 @@
     codes so far   --embed-->        v
     Z = [u, v]     --causal transformer, with cross-attention to u-->  codes of the next frame
 
-AudioGen (arXiv 2209.15352), sections 3.2 and 3.3. From elsewhere: rotary positions (RoFormer, 2104.09864) and
+AudioGen (arXiv 2209.15352), section 3.2. From elsewhere: rotary positions (RoFormer, 2104.09864) and
 classifier-free guidance (2207.12598). Trained by `train_lm.py`; this file needs PyTorch alone and can be
 copied into another project.
 
 - Each of the K codes of a frame is looked up in a table of its own, and the mean of the K vectors is the
   frame's input; K heads predict the codes of the next frame independently of each other.
 - Text reaches the sound twice, as in the paper: as a prefix of the sequence and through cross-attention.
-- Every text is padded to `max_text_len` places. The text encoder looks at words only, but writes to all
-  places, so that each u says something: the decoder needs no mask and always runs the fused kernel, and the
+- Every text is padded to `max_text_len` positions. The text encoder looks at words only, but writes to all
+  positions, so that each u says something: training needs no mask and always runs the fused kernel, and the
   empty caption, for guidance, is a text too.
 - Frame j is predicted from a learnt start vector (`bos`) and the frames before j.
 
 Letters: B batch, N text tokens (in u always max_text_len), K streams, F frames, V codes in a codebook,
-d width, D the codec's width, H heads, L layers, T places of any sequence, S cache places.
+d width, D the codec's width, H heads, L layers, T positions of any sequence, S those of the cache.
 """
 
 import math
@@ -35,7 +35,7 @@ SIZES = {  # decoder layers, heads, width, text encoder layers; parameters at K 
 
 
 class LMError(ValueError):
-    """What whoever called can mend: a wrong setting, a text too long, a file that is not a checkpoint."""
+    """An error that the user can mend: a wrong setting, a text too long, a file that is not a checkpoint."""
 
 
 @dataclass
@@ -64,19 +64,19 @@ class LMConfig:
 # The transformer
 
 
-def rope_table(places: int, size: int):
-    """(2, places, size): cosine and sine of the angles by which `apply_rotary_emb` turns a head's pairs."""
-    angle = torch.arange(places)[:, None] / 10000 ** (torch.arange(0, size, 2) / size)
+def rope_table(positions: int, size: int):
+    """(2, positions, size): cosine and sine of the angles by which `apply_rotary_emb` turns pairs."""
+    angle = torch.arange(positions)[:, None] / 10000 ** (torch.arange(0, size, 2) / size)
     cos, sin = angle.cos(), angle.sin()
     return torch.stack((torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)))
 
 
 def apply_rotary_emb(x, rope):
-    """Turn each pair of a query or key (2, B, H, T, d / H) by an angle that grows with its place.
+    """Turn each pair of a query or key (2, B, H, T, d / H) by an angle that grows with its position.
 
     The product of a query and a key then knows how far apart they are, which a table of learnt positions has
-    to find out for every pair of places. rope: rows of `rope_table` for these places, (2, T, d / H), or
-    (2, B, 1, T, d / H) where each clip has places of its own."""
+    to find out for every pair of positions. rope: rows of `rope_table` for these positions, (2, T, d / H), or
+    (2, B, 1, T, d / H) where each clip has positions of its own."""
     cos, sin = rope.to(x.dtype)
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin  # the pairs are the two halves of a head
 
@@ -93,8 +93,8 @@ class SelfAttention(nn.Module):
     def forward(self, x, rope=None, cache=None, input_pos=None, mask=None):
         """x (B, T, d) -> (B, T, d). `mask` is True where a key may be seen; padded text has (B, 1, 1, T).
 
-        With a cache (2, B, H, S, d / H), keys and values are kept in it: those of the first T places, or,
-        with `input_pos` (1,), those of this one place (T = 1), and `mask` (1, S) is over the whole cache."""
+        With a cache (2, B, H, S, d / H), keys and values are kept in it: those of the first T positions, or,
+        with `input_pos` (1,), those of this one (T = 1), and `mask` (1, S) is over the whole cache."""
         B, T, d = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv  # (B, H, T, d / H) each
@@ -126,6 +126,7 @@ class CrossAttention(nn.Module):
         return self.c_kv(u).view(B, N, 2, self.n_head, -1).permute(2, 0, 3, 1, 4)
 
     def forward(self, x, kv):
+        """Sound x (B, T, d) and what `kv` made of the text -> (B, T, d)."""
         B, T, d = x.shape
         q = self.c_q(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, d / H)
         y = F.scaled_dot_product_attention(q.to(kv.dtype), *kv).to(x.dtype)
@@ -192,10 +193,10 @@ class TextEncoder(nn.Module):
             raise LMError(f"the text has {n} tokens of at most {self.max_text_len}: use fewer words")
         text = F.pad(text, (0, self.max_text_len - n))
         x = self.drop(self.wte(text) + self.wpe.weight)  # (B, max_text_len, d)
-        words = text != 0
-        words[:, 0] = True  # of an empty text the padding itself is read
+        is_token = text != 0
+        is_token[:, 0] = True  # of an empty text the padding itself is read
         for block in self.blocks:
-            x = block(x, words[:, None, None])
+            x = block(x, is_token[:, None, None])
         return self.ln_f(x)
 
 
@@ -235,26 +236,23 @@ class AudioLM(nn.Module):
         """Let tables and heads begin as the codec's vectors (K, V, D), projected at random to d dimensions.
 
         The mean of a frame's K embeddings is then its quantised latent, but for centring, projection and
-        scale, and codes that sound alike are alike from the first step on: the loss of 450 steps is reached
-        after 280."""
+        scale, and codes that sound alike are alike from the first step on."""
         codebooks = codebooks - codebooks.mean(1, keepdim=True)
         D = codebooks.shape[2]
-        projection = torch.randn(D, self.cfg.n_embd, device=codebooks.device) / math.sqrt(D)
-        tables = (
-            codebooks / codebooks.square().mean().sqrt() @ projection
-        )  # one scale: early streams stay larger
-        heads = (
-            codebooks / codebooks.square().mean((1, 2), keepdim=True).sqrt() @ projection
-        )  # a scale per stream
-        self.wte.weight.copy_(0.04 * tables.flatten(0, 1))
-        self.lm_heads.weight.copy_(0.02 * heads.flatten(0, 1))
+        vectors = codebooks @ torch.randn(D, self.cfg.n_embd, device=codebooks.device) / math.sqrt(D)
+        scale = codebooks.square().mean().sqrt()  # one for all: early streams stay larger
+        self.wte.weight.copy_(0.04 * (vectors / scale).flatten(0, 1))
+        scale = codebooks.square().mean((1, 2), keepdim=True).sqrt()  # (K, 1, 1): all heads are alike
+        self.lm_heads.weight.copy_(0.02 * (vectors / scale).flatten(0, 1))
 
     def embed(self, codes):
-        """Codes (B, K, F) to the mean of their K embeddings (B, F, d) (section 3.3)."""
+        """Codes (B, K, F) to the mean of their K embeddings (B, F, d) (section 3.2)."""
         return self.wte(codes.transpose(1, 2) + self.codebook_offset).mean(2)
 
     def inputs(self, codes, history_mask=None):
-        """The start vector and the given frames: (B, 1 + F, d)."""
+        """The start vector and the given frames (B, K, F): (B, 1 + F, d).
+
+        Frames of clips whose `history_mask` (B,) is 0 are all zeros: they say nothing."""
         bos, v = self.bos.expand(len(codes), 1, -1), self.embed(codes)
         if history_mask is not None:
             v = v * history_mask[:, None, None]
@@ -273,7 +271,7 @@ class AudioLM(nn.Module):
 
         The loss is the paper's L_LM (section 3.2), as a mean over streams and audio frames; text is never
         predicted. F is at most `cfg.max_frames`. Where `history_mask` (B,) is 0 instead of 1, every frame has
-        to be predicted from the words alone. `first_frame` (B,) is the place of the first frame in its clip,
+        to be predicted from the words alone. `first_frame` (B,) says which frame of its clip is the first,
         0 if not given, at most `cfg.max_frames` - F. LMError: the clip or the text is too long."""
         if codes.shape[2] > self.cfg.max_frames:
             raise LMError(f"{codes.shape[2]} frames, the model reads {self.cfg.max_frames}: cut the clip")
@@ -288,9 +286,9 @@ class AudioLM(nn.Module):
         x = torch.cat((u, x), 1)  # (B, N + F, d)
         rope = self.rope[:, : x.shape[1]]
         if first_frame is not None:  # a late crop is as far from the text as it is in its whole clip
-            place = torch.arange(x.shape[1], device=x.device)
-            place = place + (place >= u.shape[1]) * first_frame[:, None]  # (B, N + F)
-            rope = self.rope[:, place][:, :, None]  # (2, B, 1, N + F, d / H)
+            position = torch.arange(x.shape[1], device=x.device)
+            position = position + (position >= u.shape[1]) * first_frame[:, None]  # (B, N + F)
+            rope = self.rope[:, position][:, :, None]  # (2, B, 1, N + F, d / H)
         for block, kv in zip(self.blocks, self.cross_kv(u)):
             x = block(x, kv, rope)
         return self.logits(x[:, u.shape[1] :])
@@ -299,7 +297,7 @@ class AudioLM(nn.Module):
     # Sampling
 
     def prefill(self, u, codes, cross_kv, cache):
-        """Read text u (B, N, d) and the frames so far (B, K, F) into the cache, from its first place on;
+        """Read text u (B, N, d) and the frames so far (B, K, F) into the cache, from its start on;
         logits of the next frame (B, K, V). What an earlier window left beyond is masked until overwritten."""
         x = torch.cat((u, self.inputs(codes)), 1)
         for block, kv, layer_cache in zip(self.blocks, cross_kv, cache):
@@ -307,7 +305,7 @@ class AudioLM(nn.Module):
         return self.logits(x[:, -1:])[:, :, 0]
 
     def decode_one_frame(self, codes, input_pos, cross_kv, cache):
-        """Read one frame (B, K) at place `input_pos` (1,) of the sequence; logits of the next (B, K, V).
+        """Read one frame (B, K) at position `input_pos` (1,) of the sequence; logits of the next (B, K, V).
 
         Nothing in it waits for a transfer, so that a GPU can replay it as a graph."""
         x, rope = self.embed(codes[:, :, None]), self.rope[:, input_pos]  # (B, 1, d)
@@ -337,7 +335,8 @@ class AudioLM(nn.Module):
     ):
         """Text ids (B, N) to an iterator of codes (B, K, up to `block_frames`), `frames` in all.
 
-        Each prompt has a random generator of its own, so that its result does not depend on the batch.
+        Each prompt has a random generator of its own, so that its result does not depend on the batch (but
+        for rounding in bfloat16).
         `negative` (B, N) takes the place of "no text" in guidance. `prefix` (B, K, P) is continued and not
         repeated. Whenever the window of `cfg.max_frames` is full, the model starts afresh from the last half
         window of frames; of a longer prefix, too, it reads no more than that."""
@@ -370,7 +369,7 @@ class AudioLM(nn.Module):
                 noise = torch.stack([torch.rand(draws, generator=g) for g in generators]).to(u.device)
                 block = []
                 for i in range(n):
-                    # The last frame of a full window has no place left: its logits are not used.
+                    # The last frame of a full window has no position left: its logits are not used.
                     pos = min(pos + 1, len(positions) - 1)
                     # A CPU looks at only so much of the cache as is filled, in few different shapes.
                     filled = [] if u.is_cuda else [cache[:, :, :, :, : pos // 64 * 64 + 64]]
@@ -379,21 +378,6 @@ class AudioLM(nn.Module):
                 history = torch.cat((history, torch.stack(block, 2)), 2)
                 made, room = made + n, room - n
                 yield history[:, :, -n:]
-
-    @torch.no_grad()
-    def text_evidence(self, text, codes, negative=None):
-        """How much better their text (B, N) explains codes (B, K, F) than no text does, in nats: (B,).
-
-        It is the sum of log p(v | text) - log p(v) over streams and frames; `negative` (B, N) takes the place
-        of no text. What is longer than the model reads is judged window by window."""
-        without = torch.zeros_like(text) if negative is None else negative
-        u, u_without = self.text_encoder(text), self.text_encoder(without)
-        evidence = torch.zeros(len(codes), device=codes.device)
-        for part in codes.split(self.cfg.max_frames, 2):
-            for sign, words in ((1, u), (-1, u_without)):
-                logp = self.predict(words, part).float().log_softmax(-1)  # (B, K, F, V)
-                evidence += sign * logp.gather(-1, part[..., None]).sum((1, 2, 3))
-        return evidence
 
     def read_text(self, text, guidance: float, negative=None):
         """What sampling needs of the texts (B, N), once: u (2 B, N, d), with text and, for guidance, without;
@@ -411,6 +395,21 @@ class AudioLM(nn.Module):
         shape = (cfg.n_layer, 2, len(u), cfg.n_head, cache_len, cfg.n_embd // cfg.n_head)
         return u, cross_kv, torch.zeros(shape, dtype=dtype, device=u.device)
 
+    @torch.no_grad()
+    def text_evidence(self, text, codes, negative=None):
+        """How much better their text (B, N) explains codes (B, K, F) than no text does, in nats: (B,).
+
+        It is the sum of log p(v | text) - log p(v) over streams and frames; `negative` (B, N) takes the place
+        of no text. What is longer than the model reads is judged window by window."""
+        uncond = torch.zeros_like(text) if negative is None else negative
+        u, u_uncond = self.text_encoder(text), self.text_encoder(uncond)
+        evidence = torch.zeros(len(codes), device=codes.device)
+        for window in codes.split(self.cfg.max_frames, 2):
+            for sign, condition in ((1, u), (-1, u_uncond)):
+                logp = self.predict(condition, window).float().log_softmax(-1)  # (B, K, F, V)
+                evidence += sign * logp.gather(-1, window[..., None]).sum((1, 2, 3))
+        return evidence
+
     def pack(self):
         """Ready the model for sampling, in place: on an x86 its matrices are packed once and for all. It can
         then no longer be trained or saved."""
@@ -423,17 +422,7 @@ class AudioLM(nn.Module):
         return self
 
     # ------------------------------------------------------------------------------------------------------
-    # Accounting and files
-
-    def flops_per_frame(self) -> float:
-        """Of training, roughly: 6 per weight of the decoder, and 12 d per frame that attention looks at."""
-        cfg = self.cfg
-        weights = sum(p.numel() for p in self.blocks.parameters()) + self.lm_heads.weight.numel()
-        seen = (cfg.max_text_len + cfg.max_frames) / 2 + cfg.max_text_len  # by self- and by cross-attention
-        decoder = 6 * weights + 12 * cfg.n_layer * cfg.n_embd * seen
-        text_per_frame = cfg.max_text_len / cfg.max_frames
-        text = 6 * sum(p.numel() for p in self.text_encoder.blocks.parameters()) * text_per_frame
-        return decoder * (1 + text_per_frame) + text  # the decoder runs over the text, too
+    # Files
 
     def checkpoint(self) -> dict:
         """What `load` reads; the scripts add what they need beside it."""
@@ -447,12 +436,9 @@ class AudioLM(nn.Module):
         }
 
     @staticmethod
-    def load(path, device="cpu", codec_hash=None) -> "AudioLM":
-        """The model in a checkpoint, in evaluation mode and float32.
-
-        LMError: the file is not one, or was trained on the codes of another codec than the one with this
-        hash."""
-        checkpoint = load_checkpoint(path, "nanoaudiogen lm")
+    def from_checkpoint(checkpoint: dict, path, codec_hash=None) -> "AudioLM":
+        """The model in a checkpoint of this path. LMError: it is of another version of this file, or learnt
+        the codes of another codec than the one with this hash."""
         try:
             lm = AudioLM(LMConfig(**checkpoint["config"]))
             lm.load_state_dict(checkpoint["model"])
@@ -461,12 +447,19 @@ class AudioLM(nn.Module):
         except (KeyError, TypeError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise LMError(f"{path}: of another version ({reason}): train it again") from None
-        if codec_hash and codec_hash != lm.codec_hash:
+        if codec_hash not in (None, lm.codec_hash):
             raise LMError(
                 f"{path} learnt the codes of codec {lm.codec_hash}, not of {codec_hash}: name "
                 "the codec it was trained with by --codec, or train it again"
             )
-        return lm.to(device).eval()
+        return lm
+
+    @staticmethod
+    def load(path, device="cpu", codec_hash=None) -> "AudioLM":
+        """The model in a file, in evaluation mode and float32. LMError: it is no checkpoint, or it cannot be
+        used with this codec."""
+        checkpoint = load_checkpoint(path, "nanoaudiogen lm")
+        return AudioLM.from_checkpoint(checkpoint, path, codec_hash).to(device).eval()
 
 
 def load_checkpoint(path, kind: str) -> dict:

@@ -18,6 +18,7 @@ import difflib
 import html
 import itertools
 import os
+import re
 import struct
 import sys
 import tempfile
@@ -63,7 +64,8 @@ def get_args():
     args = parser.parse_args()
     if args.prompts:
         args.prompt += read_prompts(args.prompts)
-    if not all(p.strip() for p in args.prompt) or not (args.prompt or args.continue_from):
+    args.prompt, args.negative = list(map(D.clean_caption, args.prompt)), D.clean_caption(args.negative)
+    if not all(args.prompt) or not (args.prompt or args.continue_from is not None):
         raise D.UserError('a prompt is empty or missing: type --prompt "a dog barks in the rain"')
     for name, (low, high) in LIMITS.items():
         if not low <= getattr(args, name) <= high:
@@ -75,7 +77,7 @@ def get_args():
         )
     if args.negative and args.guidance == 1:
         raise D.UserError("--negative does nothing at --guidance 1: give another guidance, such as 3")
-    if args.keep_prefix and not args.continue_from:
+    if args.keep_prefix and args.continue_from is None:
         raise D.UserError("--keep_prefix goes with --continue_from: name the recording to continue")
     return args
 
@@ -95,12 +97,17 @@ def find_weights(args) -> tuple[str, str]:
     made = [os.path.join(folder, "lm.pt") for folder, _, files in walk if "lm.pt" in files]
     shipped = os.path.join(os.path.dirname(os.path.abspath(__file__)), "pretrained", "lm.pt")
     lm = args.lm or max(made, key=os.path.getmtime, default=shipped)
+    if os.path.isdir(lm):
+        lm = os.path.join(lm, "lm.pt")
     if not os.path.exists(lm):
         raise D.UserError(
             f"{lm}: no such checkpoint: type python train_codec.py && python train_lm.py "
             "--streams 4, or name others with --lm and --codec"
         )
-    return lm, args.codec or os.path.join(os.path.dirname(lm), "codec.pt")
+    codec = args.codec or os.path.join(os.path.dirname(lm), "codec.pt")
+    if not os.path.exists(codec):
+        raise D.UserError(f"{codec}: no such checkpoint: name the codec of {lm} with --codec")
+    return lm, codec
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -169,13 +176,10 @@ def page(title: str, clips: list[tuple]) -> str:
 
 
 class Say:
-    """print() to one stream; what the stream cannot take (a closed pipe, another encoding) is not worth a
-    sound."""
+    """print() to one stream; that it is closed before the end is not worth a sound."""
 
     def __init__(self, stream):
         self.stream = stream
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
 
     def __call__(self, text: str):
         try:
@@ -223,17 +227,14 @@ def check_words(prompts: list[str], tokenizer, lm, say) -> None:
             nearest = difflib.get_close_matches(word, lm.words, n=3)
             like = f"the nearest are {', '.join(nearest)}" if nearest else "none is spelled like it"
             say(f"! no caption of the training data had the word {word!r}: {like}")
+    for prompt in prompts:
+        if lm.words and prompt and not set(D.words_of(prompt)) & set(lm.words):
+            say(f"! {prompt!r} has no word that the model knows: expect any sound")
 
 
 def best_of_each(n: int, evidence) -> list[int]:
     """Of every n sounds in a row, the place of the one with the most evidence (B,)."""
     return [i * n + int(group.argmax()) for i, group in enumerate(evidence.split(n))]
-
-
-def decode_continuation(codec, prefix, codes):
-    """Codes (B, K, F) to waves (B, F * hop), as they sound after the prefix (1, K, P): no step there."""
-    codes = torch.cat((prefix.expand(len(codes), -1, -1), codes), 2)
-    return codec.decode(codes)[:, prefix.shape[2] * codec.cfg.hop :]
 
 
 def without_first(pieces, n: int):
@@ -243,6 +244,17 @@ def without_first(pieces, n: int):
         n -= skipped
         if skipped < piece.shape[1]:
             yield piece[:, skipped:]
+
+
+def decode_after(codec, heard, prefix, blocks):
+    """Blocks of codes (1, K, f) to pieces of the wave (1, t): first what was `heard` (T,), then the codes as
+    they sound after the prefix (1, K, P), so that there is no step where they meet.
+
+    Block by block, ten minutes need no more memory than ten seconds."""
+    if len(heard):
+        yield heard[None]
+    pieces = codec.decode_stream(itertools.chain([prefix] if prefix.shape[2] else [], blocks))
+    yield from without_first(pieces, prefix.shape[2] * codec.cfg.hop)
 
 
 def wav_header(n_bytes: int) -> bytes:
@@ -263,7 +275,7 @@ def write_stream(pieces, target: str):
             file.write(wav_header(2**32))
         for wave in pieces:
             waves.append(wave[0].cpu())
-            samples = (waves[-1].clamp(-1, 1) * 32767).short().numpy().astype("<i2")
+            samples = (waves[-1].clamp(-1, 1) * 32767).round().short().numpy().astype("<i2")
             with contextlib.suppress(BrokenPipeError):
                 file.write(samples.tobytes())
                 file.flush()
@@ -272,6 +284,12 @@ def write_stream(pieces, target: str):
             file.seek(0)
             file.write(wav_header(n_bytes))
     return torch.cat(waves)
+
+
+def next_number(folder: str) -> int:
+    """The first number that no sound in the folder has: what was made before is not overwritten."""
+    matches = [re.match(r"(\d+)_.*\.wav$", name) for name in os.listdir(folder)]
+    return max((int(match[1]) + 1 for match in matches if match), default=0)
 
 
 def batch_size(lm, device) -> int:
@@ -294,18 +312,20 @@ def main():
 
     options = {name: getattr(args, name) for name in ("guidance", "temperature", "top_k", "top_p")}
     settings = ", ".join(f"{name} {value}" for name, value in options.items())
-    heard, prefix = None, torch.zeros(1, codec.cfg.streams, 0, dtype=torch.long, device=device)
-    if args.continue_from:
+    settings += f", without {args.negative}" if args.negative else ""
+    heard, prefix = torch.zeros(0), torch.zeros(1, codec.cfg.streams, 0, dtype=torch.long, device=device)
+    if args.continue_from is not None:
         heard, prefix = load_prefix(args.continue_from, codec, lm, device)
+    if not args.keep_prefix:
+        heard = heard[:0]
     seeds = range(args.seed, args.seed + args.num_samples * args.best_of)
     wanted = [(prompt, seed) for prompt in args.prompt for seed in seeds]
     frames = max(1, round(args.seconds * codec.cfg.frame_rate))
     n = max(1, batch_size(lm, device) // args.best_of) * args.best_of
     batches = [wanted[i : i + n] for i in range(0, len(wanted), n)]
-    clips, spent = [], 0.0
+    clips, number, began = [], next_number(args.out), D.now(device)
     try:
         for batch in batches:
-            began = D.now(device)
             texts = [prompt for prompt, _ in batch] + [args.negative] * len(batch)
             text, negative = tokenizer.batch(texts, lm.cfg.max_text_len).to(device).chunk(2)
             blocks = lm.generate_stream(
@@ -317,19 +337,17 @@ def main():
                 **options,
             )
             if args.stream:
-                pieces = codec.decode_stream(itertools.chain([prefix] if heard is not None else [], blocks))
-                waves = [write_stream(without_first(pieces, prefix.shape[2] * codec.cfg.hop), args.stream)]
+                waves = [write_stream(decode_after(codec, heard, prefix, blocks), args.stream)]
             else:
                 codes = torch.cat(list(blocks), 2)  # (B, K, F)
                 if args.best_of > 1:
-                    best = best_of_each(args.best_of, lm.text_evidence(text, codes, negative))
+                    whole = torch.cat((prefix.expand(len(codes), -1, -1), codes), 2)
+                    best = best_of_each(args.best_of, lm.text_evidence(text, whole, negative))
                     batch, codes = [batch[i] for i in best], codes[best]
-                waves = decode_continuation(codec, prefix, codes)
-            spent += D.now(device) - began
+                parts = (decode_after(codec, heard, prefix, one[None].split(500, 2)) for one in codes)
+                waves = (torch.cat([piece.cpu() for piece in pieces], 1)[0] for pieces in parts)
             for (prompt, seed), wave in zip(batch, waves):
-                if args.keep_prefix:
-                    wave = torch.cat((heard, wave.cpu()))
-                path = f"{len(clips):03d}_{D.file_name(prompt) or 'continued'}_{seed}.wav"
+                path = f"{number + len(clips):03d}_{D.file_name(prompt) or 'continued'}_{seed}.wav"
                 path = os.path.join(args.out, path)
                 D.save_wav(wave, path)
                 clips.append((prompt, f"seed {seed}, {settings}", wave))
@@ -337,9 +355,10 @@ def main():
     finally:  # of what is done, even if the rest has failed
         index = os.path.join(args.out, "index.html")
         title = "nanoAudioGen: " + ", ".join(dict.fromkeys(prompt for prompt, _, _ in clips))[:80]
-        with open(index, "w", encoding="utf-8", errors="replace") as file:
-            file.write(page(title, clips))
-    seconds = frames / codec.cfg.frame_rate * len(clips)
+        if clips:
+            with open(index, "w", encoding="utf-8", errors="replace") as file:
+                file.write(page(title, clips))
+    spent, seconds = D.now(device) - began, frames / codec.cfg.frame_rate * len(clips)
     say(
         f"\n{seconds:.1f} s of sound in {spent:.1f} s, {seconds / spent:.1f} x real time, "
         f"{1000 * spent / frames / len(batches):.1f} ms per frame; page: {index}"

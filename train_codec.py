@@ -20,6 +20,7 @@ AudioGen (arXiv 2209.15352) section 3.1; the balancer is EnCodec's (arXiv 2210.1
 import copy
 import math
 import os
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -69,7 +70,6 @@ def get_args():
     add("--batch", type=D.positive, help="crops per step, over all processes (default: by size)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--threads", type=D.positive, help="of a CPU (default: all, or one where that is faster)")
-    add("--seed", type=D.whole_number, default=0)
     add("--resume", action="store_true", help="go on from codec_train.pt in --out, with --steps for longer")
     add("--eval_only", action="store_true", help="measure codec.pt in --out and stop")
     return parser.parse_args()
@@ -103,22 +103,26 @@ class Training:
             self.disc_adam = torch.optim.Adam(self.disc.parameters(), DISC_LR, betas=(0.5, 0.9))
             self.parts |= {"disc": self.disc, "disc_adam": self.disc_adam}
         self.disc_accuracy = 0.5  # moving average of how often the discriminator is right
+        self.flags: dict = {}  # what it trains on, see `D.recall_flags`
         usage = torch.zeros(config.streams, config.codebook_size, device=device)
         self.usage = usage  # moving average of how often each code is used (K, V)
 
     def checkpoint(self, step: int) -> dict:
         """What `load` reads."""
-        plain = {"config": vars(self.config), "steps": self.recipe["steps"], "disc_start": self.disc_start}
-        plain |= {"disc_accuracy": self.disc_accuracy, "usage": self.usage, "rng": torch.get_rng_state()}
+        plain = {"config": asdict(self.config), "steps": self.recipe["steps"], "disc_start": self.disc_start}
+        plain |= {
+            "flags": self.flags,
+            "disc_accuracy": self.disc_accuracy,
+            "usage": self.usage,
+            "rng": torch.get_rng_state(),
+        }
         states = {name: part.state_dict() for name, part in self.parts.items()}
         return {"kind": "nanoaudiogen codec training", "step": step} | plain | states
 
-    def load(self, path: str, steps: int | None) -> int:
-        """Go on from a checkpoint, to `steps` in all where that is given; returns the step it had reached."""
-        saved = load_checkpoint(path, "nanoaudiogen codec training")
-        if "disc_start" not in saved:
-            raise D.UserError(f"{path}: of another version: choose another --out for a new run")
-        if saved["config"] != vars(self.config) or ("disc" in saved) != ("disc" in self.parts):
+    def load(self, saved: dict, path: str, steps: int | None) -> int:
+        """Go on from the checkpoint of this path, to `steps` in all where that is given; returns the step it
+        had reached."""
+        if saved["config"] != asdict(self.config) or ("disc" in saved) != ("disc" in self.parts):
             raise D.UserError(
                 f"{path}: was started with {saved['config']} and {'a' if 'disc' in saved else 'no'} "
                 "discriminator: repeat those settings to resume it, or choose another --out for a new run"
@@ -145,14 +149,15 @@ def train_step(t: Training, wave, step: int):
     second stage the discriminator takes its own step with l_d."""
     adversarial = step >= t.disc_start
     D.set_lr((t.muon, t.adam), learning_rate(t, step))
-    if adversarial:  # codes stay as the averaged encoder and codebooks of the first stage make them
+    if adversarial:  # stage 2: the averaged encoder and codebooks are frozen, the decoder alone learns
         codes, commitment = t.ema.encode(wave), torch.zeros((), device=wave.device)
         with D.autocast(t.device):
             wave_hat = t.codec.decoder(t.ema.quantizer.decode(codes))[:, : wave.shape[1], 0].float()
     else:
         with D.autocast(t.device):
             wave_hat, codes, commitment = t.codec(wave)
-    losses, weights = {"wave": (wave_hat - wave).abs().mean(), "mel": t.mel(wave, wave_hat)}, WEIGHTS
+    losses = {"wave": (wave_hat - wave).abs().mean(), "mel": t.mel(wave, wave_hat)}
+    weights = WEIGHTS
     if adversarial:
         losses |= adversarial_losses(t, wave, wave_hat)
         # A balancer gives a term its share however meaningless it is: the discriminator's opinion counts only
@@ -175,7 +180,9 @@ def train_step(t: Training, wave, step: int):
         if adversarial:
             D.mean_over_processes([p.grad for p in t.disc.parameters()])
             t.disc_adam.step()
-        update_ema(t.ema.decoder if adversarial else t.ema, t.codec.decoder if adversarial else t.codec, step)
+            update_ema(t.ema.decoder, t.codec.decoder, step)
+        else:
+            update_ema(t.ema, t.codec, step)
     return losses | {"commitment": commitment}, grad_norm, finite
 
 
@@ -183,8 +190,8 @@ def adversarial_losses(t: Training, wave, wave_hat) -> dict:
     """l_g and l_feat for the codec; the gradients of l_d are left at the discriminator's parameters.
 
     The same two forward passes, of real and of decoded clips, serve both losses; in one joint batch the
-    codec's gradient would run through the real half as well (a third of the time). Each pair is divided by
-    the loudness of the real clip first, or the discriminator would hardly notice quiet clips."""
+    codec's gradient would run through the real half as well, for nothing. Each pair is divided by the
+    loudness of the real clip first, or the discriminator would hardly notice quiet clips."""
     loudness = wave.std(1, keepdim=True) + 1e-3
     with D.autocast(t.device):
         real, real_features = t.disc(wave / loudness)
@@ -227,11 +234,8 @@ def update_ema(ema, model, step: int) -> None:
 def evaluate(codec, waves, folder: str) -> str:
     """One line of measures over held-out waves (n, T): SI-SNR is the median over clips, both distances are
     means. Four of the clips and what the codec makes of them go into the folder."""
-    began = D.now(waves.device)
     codes = torch.cat([codec.encode(wave) for wave in waves.split(8)])
-    encoded = D.now(waves.device)
     decoded = torch.cat([codec.decode(part)[:, : waves.shape[1]] for part in codes.split(8)])
-    ended = D.now(waves.device)
     os.makedirs(folder, exist_ok=True)
     for i in np.linspace(0, len(waves) - 1, min(4, len(waves))).astype(int):
         D.save_wav(waves[i], os.path.join(folder, f"{i:03d}_real.wav"))
@@ -239,13 +243,11 @@ def evaluate(codec, waves, folder: str) -> str:
     counts = code_counts(codes, codec.cfg.codebook_size)  # (K, V)
     used = " ".join(f"{100 * share:.0f}" for share in (counts > 0).float().mean(1).tolist())
     effective = " ".join(f"{perplexity(c):.0f}" for c in counts)
-    seconds = waves.numel() / D.SAMPLE_RATE
     return (
         f"held out: {codec.cfg.kbps:.1f} kbit/s, SI-SNR {si_snr(waves, decoded).median():.2f} dB, "
         f"log-mel {log_mel_distance(waves, decoded).mean():.3f}, "
         f"log-spectrum {log_spectrum_distance(waves, decoded).mean():.3f}, "
-        f"% of codes used {used}, perplexity {effective}; encodes {seconds / (encoded - began):.0f} "
-        f"and decodes {seconds / (ended - encoded):.0f} times faster than it plays"
+        f"% of codes used {used}, perplexity {effective}"
     )
 
 
@@ -267,26 +269,20 @@ def log_step(t: Training, done: int, losses: dict, grad_norm: float, speed: floa
 
 
 def health(t: Training, grad_norm: float):
-    """What a person should know about this step, as (kind, sentence)."""
-    for k, counts in enumerate(t.usage):
-        if perplexity(counts) < len(counts) / 10:
-            yield (
-                f"collapse {k}",
-                f"stream {k + 1} uses only {perplexity(counts):.0f} of {len(counts)} codes: the codebook is "
-                "collapsing. Early in a run it recovers by itself; later lower lr in RECIPES, raise --batch, "
-                "or add data.",
-            )
+    """What a person should know about this step, in sentences."""
+    low = [k + 1 for k, counts in enumerate(t.usage) if perplexity(counts) < len(counts) / 10]
+    if low:
+        yield (
+            f"streams {low} use less than a tenth of their codes: the codebook is collapsing. Early in a run "
+            "it recovers by itself; later lower lr in RECIPES, raise --batch, or add data."
+        )
     if t.disc_accuracy > 0.95:
         yield (
-            "discriminator",
             f"the discriminator is right {100 * t.disc_accuracy:.0f} % of the time: it has won, and its "
-            "gradient says little. Start it later (disc_start in RECIPES) or make it smaller (disc_filters).",
+            "gradient says little. Start it later (disc_start in RECIPES) or make it smaller (disc_filters)."
         )
     if grad_norm > 10 * MAX_GRAD_NORM:
-        yield (
-            "gradient",
-            f"the gradient's norm is {grad_norm:.0f}: training is unstable. Lower lr in RECIPES.",
-        )
+        yield f"the gradient's norm is {grad_norm:.0f}: training is unstable. Lower lr in RECIPES."
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -318,14 +314,16 @@ def protect_language_model(out: str, codes_change: bool) -> None:
 def main():
     """Read the flags, prepare the data, train, evaluate and save now and then."""
     args = get_args()
+    path, resume_path, wavs = (
+        os.path.join(args.out, name) for name in ("codec.pt", "codec_train.pt", "codec_wavs")
+    )
+    saved = load_checkpoint(resume_path, "nanoaudiogen codec training") if args.resume else {}
+    flags = D.recall_flags(args, saved)
     device, rank, world_size = D.start_processes(args.device)
     is_main = rank == 0
     say = tqdm.write if is_main else lambda *_: None
     recipe = choose_recipe(args, device, world_size)
     config = CodecConfig(args.streams, args.size)
-    path, resume_path, wavs = (
-        os.path.join(args.out, name) for name in ("codec.pt", "codec_train.pt", "codec_wavs")
-    )
     lock = D.lock_folder(args.out) if is_main else None  # noqa: F841 (held until the process ends)
 
     # Data: random crops come straight from the memory map, a function of seed and step alone.
@@ -338,7 +336,8 @@ def main():
     # Models and their optimizers.
     torch.manual_seed(args.seed)
     t = Training(config, recipe, device)
-    start = t.load(resume_path, args.steps) if args.resume else 0
+    t.flags = flags
+    start = t.load(saved, resume_path, args.steps) if args.resume else 0
     protect_language_model(args.out, codes_change=start < t.disc_start)
     D.choose_threads(args.threads, device, lambda: t.ema.encode(held_out[:1]), say)
     steps = recipe["steps"]  # only now: `load` may have changed it
@@ -354,7 +353,7 @@ def main():
 
     # The loop.
     log_every, eval_every = max(1, steps // 100), max(100, steps // 10)
-    stopper, clock, bad, warned = D.Stopper(), D.Clock(start), 0, {}
+    stopper, clock, bad = D.Stopper(), D.Clock(start), 0
     for step in tqdm(range(start, steps), initial=start, total=steps, disable=not is_main, smoothing=0.05):
         crops = data.batch(recipe["batch"], crop_length, np.random.default_rng((args.seed, step)))
         wave = torch.stack([crop.wave for crop in crops]).chunk(world_size)[rank].to(device)
@@ -368,23 +367,20 @@ def main():
         if done % log_every == 0 and is_main:
             means = {name: mean.item() for name, mean in means.items()}
             log_step(t, done, means, grad_norm.item(), clock.steps_per_second(done), log, say)
-            for kind, sentence in health(t, grad_norm.item()):
-                if done - warned.get(kind, -steps) >= eval_every:
-                    warned[kind] = done
-                    say("! " + sentence)
         if (done % eval_every == 0 or done == steps or stopping) and is_main:
             with clock.paused():
                 D.save_atomic(t.ema.checkpoint(), path)
                 D.save_atomic(t.checkpoint(done), resume_path)
                 if not stopping:
                     say(evaluate(t.ema, held_out, wavs))
+                    for sentence in health(t, grad_norm.item()):
+                        say("! " + sentence)
         if stopping:
-            return say(
-                f"{stopper.signal or 'stopped'}: saved step {done} to {resume_path}; go on with --resume"
-            )
-    data_flags = "" if args.data == [D.SOUNDS] else " --data " + " ".join(map(D.shell_quote, args.data))
+            how = "to go on, type the same command and --resume"
+            return say(f"{stopper.signal or 'stopped'}: saved step {done} to {resume_path}; {how}")
     elsewhere = "" if args.out == "out" else f" --out {D.shell_quote(args.out)}"
-    say(f"codec saved to {path}; next: python train_lm.py --streams {config.streams}{data_flags}{elsewhere}")
+    flags = D.data_command(args) + elsewhere
+    say(f"codec saved to {path}; next: python train_lm.py --streams {config.streams}{flags}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@
 
 Reads codec.pt from --out. Writes there: lm.pt (what sample.py loads), lm_train.pt (what --resume loads),
 lm.csv (the log) and lm_wavs/ (sounds for held-out captions).
-AudioGen (arXiv 2209.15352) section 3.2; sizes and schedule from its section 4.
+AudioGen (arXiv 2209.15352) section 3.2; sizes and learning rate from its section 4, the cool-down is ours.
 """
 
 import contextlib
@@ -29,19 +29,19 @@ import data as D
 from codec import Codec, CodecError, load_checkpoint
 from lm import AudioLM, LMConfig, LMError
 
-# A size is two lines here and one in lm.SIZES. `tiny` is settled by short runs (experiments/README.md);
+# A size is one entry here and one in lm.SIZES. `tiny` is settled by short runs (experiments/README.md);
 # `base` and `large` follow the paper, but for Muon and fewer steps: for hours of sound, not thousands.
 # `micro` clips go through the model at once for every 24 GiB of a GPU. `text_len` is the least and the most
 # places for text, which `text_length` fits to the captions: each costs as much as a frame. With `shard`, each
 # process keeps the optimizers' state for a part of the weights only.
 RECIPES = {
-    "tiny": {"steps": 2600, "batch": 4, "micro": 4, "lr": 4e-3, "vocab_size": 512},
-    "base": {"steps": 5000, "batch": 256, "micro": 16, "lr": 5e-4, "vocab_size": 8000},
-    "large": {"steps": 50000, "batch": 256, "micro": 8, "lr": 5e-4, "vocab_size": 8000},
+    "tiny": {"steps": 2600, "batch": 4, "micro": 4, "lr": 4e-3, "dropout": 0.1, "shard": False}
+    | {"vocab_size": 512, "text_len": (32, 128)},
+    "base": {"steps": 5000, "batch": 256, "micro": 16, "lr": 5e-4, "dropout": 0.0, "shard": False}
+    | {"vocab_size": 8000, "text_len": (64, 256)},
+    "large": {"steps": 50000, "batch": 256, "micro": 8, "lr": 5e-4, "dropout": 0.0, "shard": True}
+    | {"vocab_size": 8000, "text_len": (64, 256)},
 }
-RECIPES["tiny"] |= {"text_len": (32, 128), "dropout": 0.1, "shard": False}
-RECIPES["base"] |= {"text_len": (64, 256), "dropout": 0.0, "shard": False}
-RECIPES["large"] |= {"text_len": (64, 256), "dropout": 0.0, "shard": True}
 
 SECONDS = 5  # of the longest training examples; `train_step` also takes halves and quarters of it
 WARMUP = 3000  # steps, and at most a tenth of the run
@@ -49,9 +49,6 @@ COOLDOWN = 0.3  # share of the run at whose end the learning rate falls to zero
 MIN_LEVEL = 0.2  # a crop must reach this share of its clip's peak, or it lacks what the caption speaks of
 CAPTION_DROPOUT = 0.1  # captions left out in training, so that guidance has something to lean away from
 HISTORY_DROPOUT = 0.1  # clips of which words alone must tell what sounds: words are then learnt sooner
-WRONG_CAPTIONS = 2  # with which the true one is compared at the end
-
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
 
 
 def get_args():
@@ -67,18 +64,20 @@ def get_args():
     add("--steps", type=D.positive, help="training steps (default: by size)")
     add("--batch", type=D.positive, help="clips per step, over all processes (default: by size)")
     add("--micro", type=D.positive, help="clips per forward pass and process; lower it when memory runs out")
-    add("--mix", type=float, default=0.5, help="share of examples that mix two clips")
-    add("--guidance", type=float, default=3.0, help="of the sounds made for evaluation")
+    add("--mix", type=float, help="share of examples that mix two clips (default: 0.5)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--threads", type=D.positive, help="of a CPU (default: all, or one where that is faster)")
-    add("--seed", type=D.whole_number, default=0)
     add("--resume", action="store_true", help="go on from lm_train.pt in --out, with --steps for longer")
     add("--eval_only", action="store_true", help="measure lm.pt in --out and stop")
     args = parser.parse_args()
-    if not 0 <= args.mix <= 1:
+    if not 0 <= (args.mix or 0) <= 1:
         raise D.UserError(f"--mix {args.mix}: expected a share from 0 to 1")
     if args.finetune and args.size:
         raise D.UserError("--size is that of the model in --finetune: leave it out")
+    if args.finetune and os.path.isfile(args.finetune):  # pretrained/lm.pt means pretrained
+        args.finetune = os.path.dirname(args.finetune)
+    if args.finetune and os.path.realpath(args.finetune) == os.path.realpath(args.out):
+        raise D.UserError(f"--finetune {args.finetune}: would be overwritten, choose another --out")
     return args
 
 
@@ -93,6 +92,7 @@ class Training:
         self.lm, self.recipe, self.device = lm.train(), recipe, device
         self.rank, self.world_size = rank, world_size
         self.tokenizer, self.steps = D.Tokenizer(lm.tokenizer), recipe["steps"]
+        self.flags: dict = {}  # what it trains on, see `D.recall_flags`
         cuda, self.sharded = device.type == "cuda", recipe["shard"] and world_size > 1
         self.optimizers = make_optimizers(lm, recipe["lr"], cuda, self.sharded)
         if cuda:  # block by block: what one compiles to serves all the others
@@ -104,11 +104,13 @@ class Training:
 
     def save(self, path: str, resume_path: str, step: int) -> None:
         """Write both checkpoints; to be called in all processes, which send their part to the first."""
-        for optimizer in self.optimizers.values() if self.sharded else ():
-            optimizer.consolidate_state_dict(0)
+        if self.sharded:
+            for optimizer in self.optimizers.values():
+                optimizer.consolidate_state_dict(0)
         if self.rank == 0:
             D.save_atomic(self.lm.checkpoint(), path)
             training = {"kind": "nanoaudiogen lm training", "steps": self.steps, "step": step}
+            training["flags"] = self.flags
             training |= {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
             D.save_atomic(self.lm.checkpoint() | training | {"rng": torch.get_rng_state()}, resume_path)
 
@@ -135,9 +137,9 @@ def draw_batch(data, codec, tokenizer, cfg: LMConfig, n: int, samples: int, mix:
     return codes, text.to(device), history_mask.to(device), first_frame.to(device)
 
 
-def train_step(t: "Training", data, codec, step: int, args, timed: bool):
-    """One step. Returns the cross-entropy of each stream (K,), the norm of the gradient, whether it was
-    applied, and the seconds that drawing and encoding took, if they are asked for.
+def train_step(t: Training, data, codec, step: int, args):
+    """One step. Returns the cross-entropy of each stream (K,), the norm of the gradient, and whether it was
+    applied.
 
         L_LM = - mean over streams i, frames j of log p(c_j^i | u, c_1 .. c_{j-1}), c the codes  (section 3.2)
 
@@ -148,12 +150,10 @@ def train_step(t: "Training", data, codec, step: int, args, timed: bool):
     # (seed, step) and (seed, step, 0, 0) would be the same.
     parts = 2 ** int(np.random.default_rng((1, args.seed, step)).integers(3))
     n, samples = t.recipe["micro"] * parts, SECONDS * D.SAMPLE_RATE // parts
-    stream_losses, seconds = 0.0, 0.0
+    stream_losses = 0.0
     for i in range(t.recipe["accumulate"]):
         rng = np.random.default_rng((2, args.seed, step, t.rank, i))
-        began = D.now(t.device) if timed else 0.0  # it waits for the GPU: not at every step
         batch = draw_batch(data, codec, t.tokenizer, t.lm.cfg, n, samples, args.mix, rng)
-        seconds += D.now(t.device) - began if timed else 0.0
         is_last = i == t.recipe["accumulate"] - 1  # only then do the processes add up their gradients
         with contextlib.nullcontext() if is_last or t.model is t.lm else t.model.no_sync():
             with D.autocast(t.device):
@@ -163,10 +163,11 @@ def train_step(t: "Training", data, codec, step: int, args, timed: bool):
         stream_losses = stream_losses + nll.mean((0, 2)) / t.recipe["accumulate"]  # (K,)
     grad_norm = torch.nn.utils.clip_grad_norm_(t.lm.parameters(), 1.0)
     finite = bool(torch.isfinite(grad_norm))
-    for optimizer in t.optimizers.values() if finite else ():
-        optimizer.step()
+    if finite:
+        for optimizer in t.optimizers.values():
+            optimizer.step()
     t.lm.zero_grad()
-    return stream_losses, grad_norm, finite, seconds
+    return stream_losses, grad_norm, finite
 
 
 def learning_rate(peak: float, step: int, steps: int) -> float:
@@ -228,14 +229,13 @@ def encode(codec, waves, device):
     return torch.cat([codec.encode(part.to(device)) for part in waves.split(8)])
 
 
-def wrong_captions(clips: list, pool: list, seed: int) -> list[str] | None:
+def wrong_captions(clips: list, pool: list) -> list[str] | None:
     """For every clip the caption of one that sounds like something else; None where there is none."""
-    rng, wrong = np.random.default_rng(seed), []
+    rng, wrong = np.random.default_rng(0), []
     for clip in clips:
         same = set(clip.captions)
-        others = [
-            c for c in pool if not same & set(c.captions) and (c.category != clip.category or not c.category)
-        ]
+        others = [other for other in pool if not same & set(other.captions)]
+        others = [other for other in others if other.category != clip.category or not clip.category]
         if not others:
             return None
         wrong.append(D.pick(others, rng).captions[0])
@@ -258,17 +258,16 @@ def evaluate(lm, tokenizer, held_out: HeldOut, final: bool = False) -> dict:
     of the two sounds: of pairs that training has heard together, and of D.HELD_OUT_PAIRS."""
     true = caption_losses(lm, tokenizer, held_out.codes, [clip.captions[0] for clip in held_out.clips])
     measures = {"loss": true.mean().item()} | {f"loss{k}": x for k, x in enumerate(true.mean(0).tolist())}
-    right = []
-    for seed in range(WRONG_CAPTIONS if final else 1):
-        wrong = wrong_captions(held_out.clips, held_out.pool, seed)
-        if wrong is None:  # all clips sound alike
-            return measures
-        right.append(true.mean(1) < caption_losses(lm, tokenizer, held_out.codes, wrong).mean(1))
-    measures["caption accuracy"] = torch.stack(right).float().mean().item()
-    for name, (codes, true_captions, wrong) in held_out.mixtures.items() if final else ():
-        true = caption_losses(lm, tokenizer, codes, true_captions).mean(1)
-        better = true < caption_losses(lm, tokenizer, codes, wrong).mean(1)
-        measures[f"of {name}"] = better.float().mean().item()
+    wrong = wrong_captions(held_out.clips, held_out.pool)
+    if wrong is None:  # all clips sound alike
+        return measures
+    better = true.mean(1) < caption_losses(lm, tokenizer, held_out.codes, wrong).mean(1)
+    measures["caption accuracy"] = better.float().mean().item()
+    if final:
+        for name, (codes, true_captions, wrong) in held_out.mixtures.items():
+            true = caption_losses(lm, tokenizer, codes, true_captions).mean(1)
+            better = true < caption_losses(lm, tokenizer, codes, wrong).mean(1)
+            measures[f"of {name}"] = better.float().mean().item()
     return measures
 
 
@@ -277,45 +276,15 @@ def as_text(measures: dict) -> str:
     return "held out: " + ", ".join(f"{name} {value:.3f}" for name, value in measures.items())
 
 
-def frechet(x, y) -> float:
-    """Fréchet distance of two clouds (N, D) taken as Gaussians: |m - n|^2 + tr(A + B - 2 (A B)^(1/2)).
-
-    The formula of FID (arXiv 1706.08500) and of FAD (1812.08466)."""
-    x, y = x.cpu().double(), y.cpu().double()
-    A, B = x.T.cov(), y.T.cov()
-    cross = torch.linalg.eigvals(A @ B).sqrt().real.sum()  # none is negative, but for rounding
-    distance = (x.mean(0) - y.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross
-    return max(0.0, float(distance))  # rounding can put it below
-
-
 @torch.no_grad()
-def listen(lm, codec, tokenizer, data, device, guidance: float, folder: str, say) -> None:
-    """Make sounds for held-out captions and save them; print their Fréchet distance to real ones.
-
-    The distance is that of the codec's latents; the rows above it show what a small one is."""
-    length = SECONDS * D.SAMPLE_RATE
-    real, clips = data.held_out(length, limit=40)
-    text = tokenizer.batch([clip.captions[0] for clip in clips], lm.cfg.max_text_len).to(device)
-    made = []
-    for part, seeds in zip(text.split(20), torch.arange(len(text)).split(20)):
-        made.append(codec.decode(lm.generate(part, lm.cfg.max_frames, seeds=seeds, guidance=guidance)).cpu())
+def save_samples(lm, codec, tokenizer, clips: list[D.Clip], folder: str) -> None:
+    """Make a sound for the caption of each held-out clip, and save it."""
+    captions = [clip.captions[0] for clip in clips]
+    text = tokenizer.batch(captions, lm.cfg.max_text_len).to(lm.bos.device)
+    waves = codec.decode(lm.generate(text, lm.cfg.max_frames))
     os.makedirs(folder, exist_ok=True)
-    for i, (wave, clip) in enumerate(zip(torch.cat(made), clips)):
-        D.save_wav(wave, os.path.join(folder, f"{i:03d}_{D.file_name(clip.captions[0])}.wav"))
-    train = torch.stack(
-        [D.read_crop(clip, length) for clip in data.train[:: math.ceil(len(data.train) / 80)]]
-    )
-    decoded = [codec.decode(codec.encode(part.to(device))).cpu() for part in real.split(8)]
-    rows = {"real, training": train, "real, through the codec": torch.cat(decoded)}
-    rows[f"generated, guidance {guidance:g}"] = torch.cat(made)
-
-    def latents(waves):
-        return torch.cat([codec.latents(part.to(device)) for part in waves.split(8)]).flatten(0, 1)
-
-    say("Fréchet distance to real held-out clips, lower is better:")
-    target = latents(real)
-    for name, waves in rows.items():
-        say(f"  {name:26}{frechet(target, latents(waves)):8.2f}")
+    for i, (caption, wave) in enumerate(zip(captions, waves)):
+        D.save_wav(wave, os.path.join(folder, f"{i:03d}_{D.file_name(caption)}.wav"))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -327,6 +296,11 @@ def load_models(args, device):
 
     UserError: codec and flags, or codec and model, do not belong together."""
     codec_path = args.codec or os.path.join(args.finetune or args.out, "codec.pt")
+    if not os.path.exists(codec_path):
+        out = "" if args.out == "out" else f" --out {D.shell_quote(args.out)}"
+        raise D.UserError(
+            f"{codec_path}: no codec there: name one with --codec, or type python train_codec.py{out}"
+        )
     codec = Codec.load(codec_path, device)
     if args.streams not in (None, codec.cfg.streams):
         raise D.UserError(
@@ -355,58 +329,38 @@ def choose_recipe(args, size: str, device, world_size: int) -> dict:
     return recipe
 
 
-def text_length(tokenizer, data, mix: float, least: int, most: int) -> int:
-    """How many text tokens the longest caption has, mixtures included, rounded up to a multiple of 8."""
-    captions = {caption for clip in data.train for caption in clip.captions}
-    longest = max(len(tokenizer.encode(caption)) for caption in captions)
-    longest = 2 * longest + len(tokenizer.encode("and")) if mix else longest
-    return min(most, max(least, math.ceil(longest / 8) * 8))
+def token_counts(tokenizer, data, mix: float) -> torch.Tensor:
+    """How many text tokens each training caption has, twice over where clips are mixed: (captions,)."""
+    captions = [caption for clip in data.train for caption in clip.captions]
+    spoken = [f"{caption} and {caption}" if mix else caption for caption in captions]
+    return torch.tensor([len(tokenizer.encode(caption)) for caption in spoken])
 
 
-def warn_of_cut_captions(tokenizer, data, mix: float, max_text_len: int, say) -> None:
+def text_window(counts, least: int, most: int) -> int:
+    """How many tokens the model reads: as many as the longest caption has, as a multiple of 8."""
+    return min(most, max(least, math.ceil(counts.max().item() / 8) * 8))
+
+
+def warn_of_cut_captions(counts, max_text_len: int, say) -> None:
     """Say what share of the training captions does not fit."""
-    rng = np.random.default_rng(0)
-    captions = [D.pick(D.pick(data.train, rng).captions, rng) for _ in range(1000)]
-    mixtures = [f"{a} and {b}" for a, b in zip(captions, captions[1:])]
-    for name, texts in (("captions", captions), ("mixed captions", mixtures if mix else [])):
-        cut = sum(len(tokenizer.encode(text)) > max_text_len for text in texts)
-        if cut:
-            say(
-                f"! {100 * cut / len(texts):.1f} % of the {name} have more than {max_text_len} text tokens, "
-                "and are cut: raise text_len in RECIPES, or shorten them"
-            )
+    share = (counts > max_text_len).float().mean().item()
+    if share:
+        say(
+            f"! {100 * share:.1f} % of the captions, as long as mixing makes them, have more than "
+            f"{max_text_len} text tokens, and are cut: raise text_len in RECIPES, or shorten them"
+        )
 
 
 def new_model(args, recipe: dict, codec, data, size: str, device) -> AudioLM:
     """A model and its tokenizer, made for these captions and this codec."""
     captions = [caption for clip in data.train for caption in clip.captions]
     tokenizer = D.Tokenizer.train(captions, recipe["vocab_size"])
-    max_text_len = text_length(tokenizer, data, args.mix, *recipe["text_len"])
+    max_text_len = text_window(token_counts(tokenizer, data, args.mix), *recipe["text_len"])
     fit = {"vocab_size": tokenizer.vocab_size, "max_text_len": max_text_len, "dropout": recipe["dropout"]}
     lm = AudioLM(LMConfig(codec.cfg.streams, size, **fit))
     lm.init_from_codebooks(torch.stack([codebook.embed for codebook in codec.quantizer.codebooks]).cpu())
     lm.tokenizer, lm.codec_hash = tokenizer.to_tensor(), codec.hash()
     return lm.to(device)
-
-
-def resume(args, path: str, codec, device):
-    """The checkpoint of a stopped run and its model, whose words and sizes it keeps.
-
-    UserError: it learnt the codes of another codec, or --size says otherwise."""
-    saved = load_checkpoint(path, "nanoaudiogen lm training")
-    if "words" not in saved:
-        raise D.UserError(f"{path}: of another version: choose another --out for a new run")
-    if saved["codec_hash"] != codec.hash():
-        raise D.UserError(
-            f"{path}: learnt the codes of another codec ({saved['codec_hash']}): name that with --codec, or "
-            "choose another --out for a new run"
-        )
-    if args.size not in (None, saved["config"]["size"]):
-        raise D.UserError(f"{path}: was started with --size {saved['config']['size']}: leave --size out")
-    lm = AudioLM(LMConfig(**saved["config"]))
-    lm.load_state_dict(saved["model"])
-    lm.tokenizer, lm.words, lm.codec_hash = saved["tokenizer"], saved["words"], saved["codec_hash"]
-    return saved, lm.to(device)
 
 
 def put_codec_beside(codec, codec_path: str, out: str) -> None:
@@ -418,23 +372,16 @@ def put_codec_beside(codec, codec_path: str, out: str) -> None:
         raise D.UserError(f"{beside}: is another codec than {codec_path}: choose another --out")
 
 
-def log_step(t: Training, done: int, stream_losses, grad_norm, encoding: float, clock, log, say) -> None:
+def log_step(t: Training, done: int, stream_losses, grad_norm, steps_per_second: float, log, say) -> None:
     """One line for people, one row for programs."""
     losses = stream_losses.tolist()
     row = {"step": done, "loss": float(np.mean(losses)), "grad_norm": grad_norm.item()}
     log.write(row | {f"loss{k}": loss for k, loss in enumerate(losses)})
-    steps_per_second = clock.steps_per_second(done)
-    speed = steps_per_second * frames_per_step(t)
     cuda = t.device.type == "cuda"
-    peak = next(
-        (v for k, v in PEAK_FLOPS.items() if cuda and k in torch.cuda.get_device_name(t.device)), None
-    )
-    mfu = f"{100 * speed * t.lm.flops_per_frame() / t.world_size / peak:.1f} %" if peak else "n/a"
     memory = f" | {torch.cuda.max_memory_allocated(t.device) / 2**30:.1f} GiB" if cuda else ""
-    streams = " ".join(f"{loss:.2f}" for loss in losses)
     say(
-        f"{done} loss {row['loss']:.3f} | streams {streams} | grad {row['grad_norm']:.2f} | "
-        f"{speed:.0f} frames/s, codec {100 * encoding * steps_per_second:.0f} % | MFU {mfu} | "
+        f"{done} loss {row['loss']:.3f} | streams {' '.join(f'{loss:.2f}' for loss in losses)} | "
+        f"grad {row['grad_norm']:.2f} | {steps_per_second * frames_per_step(t):.0f} frames/s, "
         f"{(t.steps - done) / steps_per_second / 60:.0f} min left{memory}"
     )
 
@@ -445,12 +392,14 @@ def frames_per_step(t: Training) -> int:
 
 
 def main():
-    """Read the flags, prepare the data, train, evaluate and save now and then, and listen at the end."""
+    """Read the flags, prepare the data, train, evaluate and save now and then, make sounds at the end."""
     args = get_args()
+    path, resume_path, wavs = (os.path.join(args.out, name) for name in ("lm.pt", "lm_train.pt", "lm_wavs"))
+    saved = load_checkpoint(resume_path, "nanoaudiogen lm training") if args.resume else {}
+    flags = D.recall_flags(args, saved)
     device, rank, world_size = D.start_processes(args.device)
     is_main = rank == 0
     say = tqdm.write if is_main else lambda *_: None
-    path, resume_path, wavs = (os.path.join(args.out, name) for name in ("lm.pt", "lm_train.pt", "lm_wavs"))
     lock = D.lock_folder(args.out) if is_main else None  # noqa: F841 (held until the process ends)
     codec, codec_path, lm = load_models(args, device)
     second = torch.zeros(1, D.SAMPLE_RATE, device=device)
@@ -462,24 +411,25 @@ def main():
     if args.eval_only:
         lm = AudioLM.load(path, device, codec.hash())
         tokenizer = D.Tokenizer(lm.tokenizer)
-        say(as_text(evaluate(lm, tokenizer, held_out, final=True)))
-        return listen(lm, codec, tokenizer, data, device, args.guidance, wavs, say)
+        return say(as_text(evaluate(lm, tokenizer, held_out, final=True)))
 
     # The model: new, trained before, or that of a stopped run; and its optimizers.
     torch.manual_seed(args.seed)
     if is_main:
         put_codec_beside(codec, codec_path, args.out)
-    saved = None
-    if args.resume:
-        saved, lm = resume(args, resume_path, codec, device)
+    if saved:
+        lm = AudioLM.from_checkpoint(saved, resume_path, codec.hash()).to(device)
+        if args.size not in (None, lm.cfg.size):
+            raise D.UserError(f"{resume_path}: was started with --size {lm.cfg.size}: leave --size out")
     size = lm.cfg.size if lm else args.size or ("base" if device.type == "cuda" else "tiny")
     recipe = choose_recipe(args, size, device, world_size)
     lm = lm or new_model(args, recipe, codec, data, size, device)
     lm.words = sorted({*lm.words, *D.words_of(" ".join(c for clip in data.train for c in clip.captions))})
     t = Training(lm, recipe, device, rank, world_size)
+    t.flags = flags
     start = t.load(saved, args.steps) if saved else 0
     log = D.Log(os.path.join(args.out, "lm.csv"), start) if is_main else None
-    warn_of_cut_captions(t.tokenizer, data, args.mix, lm.cfg.max_text_len, say)
+    warn_of_cut_captions(token_counts(t.tokenizer, data, args.mix), lm.cfg.max_text_len, say)
     say(
         f"language model {size}, {sum(p.numel() for p in lm.parameters()) / 1e6:.1f} M parameters, text "
         f"vocabulary {lm.cfg.vocab_size}, up to {lm.cfg.max_text_len} text tokens; "
@@ -495,26 +445,25 @@ def main():
     ):
         done = step + 1
         logging = done % log_every == 0
-        losses, grad_norm, finite, encoding = train_step(t, data, codec, step, args, timed=logging)
+        losses, grad_norm, finite = train_step(t, data, codec, step, args)
         bad = 0 if finite else D.count_bad_steps(bad, step, resume_path, say)
         stopping = stopper.asked(device)
         if logging:
             D.mean_over_processes([losses])
         if logging and is_main:
-            log_step(t, done, losses, grad_norm, encoding, clock, log, say)
+            log_step(t, done, losses, grad_norm, clock.steps_per_second(done), log, say)
         if done % eval_every and done < t.steps and not stopping:
             continue
         with clock.paused():
             t.save(path, resume_path, done)
             if stopping:
-                return say(
-                    f"{stopper.signal or 'stopped'}: saved step {done} to {resume_path}; go on with --resume"
-                )
+                how = "to go on, type the same command and --resume"
+                return say(f"{stopper.signal or 'stopped'}: saved step {done} to {resume_path}; {how}")
             if is_main:
                 kept = copy.deepcopy(lm).eval()  # not compiled: the shapes of evaluation are others
                 say(as_text(evaluate(kept, t.tokenizer, held_out, final=done == t.steps)))
     if is_main:
-        listen(copy.deepcopy(lm).eval(), codec, t.tokenizer, data, device, args.guidance, wavs, say)
+        save_samples(copy.deepcopy(lm).eval(), codec, t.tokenizer, held_out.clips[:10], wavs)
     captions = [caption for clip in held_out.pool for caption in clip.captions]
     prompt = next((c for c in captions if len(t.tokenizer.encode(c)) <= lm.cfg.max_text_len), "rain")
     where = "" if args.out == "out" else f"--lm {D.shell_quote(path)} "

@@ -21,10 +21,20 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data as D
 from codec import Codec, CodecError
 from lm import AudioLM, LMError
-from train_lm import frechet
 
 TONAL = ("baby cry", "rooster", "cat", "cow", "wolf", "car horn", "bell")  # codecs lose their harmonics first
 COMPONENTS = 32  # directions of the features that Fréchet distances look at: more would need more clips
+
+
+def frechet(x, y) -> float:
+    """Fréchet distance of two clouds (N, D) taken as Gaussians: |m - n|^2 + tr(A + B - 2 (A B)^(1/2)).
+
+    The formula of FID (arXiv 1706.08500) and of FAD (1812.08466)."""
+    x, y = x.double(), y.double()
+    A, B = x.T.cov(), y.T.cov()
+    cross = torch.linalg.eigvals(A @ B).sqrt().real.sum()  # none is negative, but for rounding
+    distance = (x.mean(0) - y.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross
+    return max(0.0, float(distance))  # rounding can put it below
 
 
 class Judge(torch.nn.Module):
