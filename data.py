@@ -204,33 +204,21 @@ TAGS = f"common_names?|display_names?|scientific_name|{CLASSES}|.*category.*|.*c
 TAGS += "|keywords?|.*event.*|.*scene.*|choice|name|species|genre|title"
 RANKS = {"phylum", "order", "family", "genus"}  # of animals: a "class" beside them is one, such as "aves"
 # Columns about who made a recording, and how: their words are taken only if they are asked for.
-ABOUT = (
-    r"(.*_)?(licen[cs]e|author|artist|speaker|annotator|recordist|uploader|user_?name|user|source|by|gender"
-)
-ABOUT += r"|sex|model|device|format|status|language|locale|country|reward|worker|captioner|transcriber"
-ABOUT += r"|label+er|[a-z]+if[iy]er|site|url|link|credits?|attribution|copyright|dataset|date|time)"
-ABOUT += r"(_(name|id|type))?|.*_(id|idx|index|code)|super_?(category|class)"
-SPLITS = r"((data_?|dataset_)?(split|subset|set|partition|fold)s?"
-SPLITS += r"|is_(train|test|val|valid|eval)(ing|idation|uation)?(_set|_split)?)"
-CLASS_IDS = r"(.*_)?(class|label|target|category)(_?(id|index|idx|code))?"
+PEOPLE = "author|artist|speaker|annotator|recordist|recorder|uploader|user|user_?name|captioner|transcriber"
+MEANS = "licen[cs]e|device|microphone|manufacturer|format|gender|sex|language|locale|country|status|by"
+MEANS += "|classifier|identifier|verifier|model|dataset|collection|site|url|link|credits?|date|time|reward"
+ABOUT = rf"(.*_)?({PEOPLE})(_(name|id|type))?|({MEANS})(_(name|id|type))?|.*_(by|id|idx|index|code)"
+ABOUT += "|((caption|label|text|tag|annotation)_)?source|super_?(category|class)"
+# Columns of splits, and of the numbers of folds and classes, which name no sounds: fold 1 is not 1.wav.
+SPLITS = "(data_?|dataset_)?(split|subset|set|partition)s?|(cv_?|k_?)?folds?(_?(id|index|number|nr|no))?"
+SPLITS += "|is_(train|test|val|valid|eval)(ing|idation|uation)?(_set|_split)?"
+CLASS_IDS = "(.*_)?(class|label|target|category)(_?(id|index|idx|code))?"
 SPLIT_WORDS = {"train": "train", "training": "train", "dev": "dev", "development": "dev"}
 SPLIT_WORDS |= dict.fromkeys(["val", "valid", "validation", "validate", "validating"], "val")
 SPLIT_WORDS |= dict.fromkeys(["test", "testing", "eval", "evaluation", "evaluate"], "test")
 # Folders that are called so are no class of sounds.
-STRUCTURE = {"audio", "wav", "wavs", "flac", "mp3", "ogg", "clip", "clips", "sound", "sounds", "data", "raw"}
-STRUCTURE |= {
-    "dataset",
-    "file",
-    "files",
-    "fold",
-    "folder",
-    "subfolder",
-    "recording",
-    "recordings",
-    "samples",
-    "mono",
-    "stereo",
-}
+STRUCTURE = set("audio wav wavs flac mp3 ogg mono stereo raw clip clips sound sounds samples".split())
+STRUCTURE |= set("recording recordings file files data dataset fold folder subfolder".split())
 
 WRITTEN = ("codec_wavs", "lm_wavs")  # folders that the training scripts write into --out
 SHOWN = 10  # lines of one kind that are printed; the others are counted
@@ -285,12 +273,17 @@ def stem(name: str) -> str:
 
 # Words: what a cell says, and whether that can be a caption.
 
+OF_DATES = "jan(uary)?|feb(ruary)?|mar(ch)?|apr(il)?|may|june?|july?|aug(ust)?|sept?(ember)?|oct(ober)?"
+OF_DATES += "|nov(ember)?|dec(ember)?|mon(day)?|tue(s(day)?)?|wed(nesday)?|thu(rs(day)?)?|fri(day)?"
+OF_DATES += "|sat(urday)?|sun(day)?|[ap]m|gmt|utc"
+# 'Car-Horn-02' has eleven characters, as the ids of YouTube's films have, but is none.
+NAMELIKE = r"([A-Z]?[a-z]+|\d+)([-_]([A-Z]?[a-z]+|\d+))*\Z"
 NO_WORDS = re.compile(
     r"true|false|nan|none|null|n/a"
     r"|(/[mgt]/\w+[ ,;]*)+|\w+://\S+|www\.\S+|/\S*|\S+\.[a-z]\w{1,3}"  # ids, addresses, paths, files
-    r"|(?=(.*\d){3})([\d\W_]|(jan|feb|mar|apr|may|ju[nl]|aug|sep|oct|nov|dec|mon|tue|wed|thu|fri|sat|sun)[a-z]*"
-    r"|[ap]m|gmt|utc)+"  # dates
-    r"|[0-9a-f-]{16,}|(?-i:(?=[\w-]{11}\Z)(?=.*\d)(?=.*[A-Z]).*[a-z].*)",  # hashes, and YouTube's ids
+    rf"|(?=(\D*\d){{3}})([\d\W_]|(?<=\d)[tz]|({OF_DATES})(?![a-z]))+"  # dates
+    r"|[0-9a-f-]{16,}"  # hashes
+    rf"|(?-i:(?!{NAMELIKE})(?=[\w-]{{11}}\Z)(?=.*\d)(?=.*[A-Z]).*[a-z].*)",  # YouTube's ids
     re.IGNORECASE,
 )
 A_WORD = re.compile(r"(?<![^\W_])([^\W\d_]{2,}|[^\W\d_a-zA-Z])(?![^\W_])")  # letters that touch no digit
@@ -662,7 +655,8 @@ def walk(root: str) -> Sounds:
         if "audio.i16" in names or (".lock" in names and where != root):  # written by these scripts
             below.clear()
             continue
-        below[:] = sorted(name for name in below if not name.startswith((".", "__MACOSX", *WRITTEN)))
+        below[:] = sorted(name for name in below if not name.startswith((".", "__MACOSX")))
+        below[:] = [name for name in below if name not in WRITTEN]
         files += [os.path.relpath(os.path.join(where, name), root) for name in names if name[0] != "."]
     return Sounds(root, files)
 
@@ -737,7 +731,8 @@ def below_one_base(table: Table, places: list[list[Place]], sounds: Sounds) -> l
         best = said if said in map(split_word, used) else ""
         used = {base: paths for base, paths in used.items() if split_word(base) == best}
     share = {base: sounds.share(paths) for base, paths in used.items()}
-    kept = {base for base in used if share[base] >= 0.8 * max(share.values())}
+    most = max(share.values(), default=0)
+    kept = {base for base in used if share[base] >= 0.8 * most}
     result = []
     for row in places:
         bases = sorted({base for _, base, _ in row if base in kept})
@@ -748,37 +743,53 @@ def below_one_base(table: Table, places: list[list[Place]], sounds: Sounds) -> l
     return result
 
 
+def own_folders(cells: list[tuple[str, str]], places: list[list[Place]]) -> list[list[Place]]:
+    """Of each row's places those that are no neighbour's: a missing sound is not found in another folder.
+
+    A row ignores no folder to find a sound in one that other rows name, nor more folders than usual."""
+    folders = [set(folder.casefold().split("/")) for folder, _ in cells]
+    theirs = set.union(*folders) - set.intersection(*folders)
+    theirs.discard("")  # no folder at all
+    kept = []
+    for row in places:
+        kept.append([p for p in row if p[0] == 0 or theirs.isdisjoint(p[1].casefold().split("/"))])
+    ignored = sorted(row[0][0] for row in kept if row)
+    return [row if row and row[0][0] <= ignored[len(ignored) // 2] else [] for row in kept]
+
+
+def is_chance(column: str, names: list[str], paths: list[str], exact: int, sounds: Sounds) -> bool:
+    """May it be chance that a column's names are those of sounds? It is none if most rows have their sound
+    or, but for mere numbers, most sounds have a row."""
+    found = set(paths) - {""}
+    numbers = [stem(os.path.basename(path)) for path in found] if not exact else []
+    numbers = numbers if all(map(str.isdecimal, numbers)) else []
+    if numbers and re.fullmatch("|id|index|idx|number|unnamed", family(column)):
+        # A few ids that begin at 0 or 1 number something else than the many sounds there, such as classes.
+        if max(map(int, numbers)) <= len(found) and 2 * len(found) <= len(sounds.paths):
+            return True
+    if 2 * sum(map(bool, paths)) >= sum(map(bool, names)):
+        return False
+    return bool(numbers) or sounds.share(found) < 0.5
+
+
 def match_column(table: Table, column: str, sounds: Sounds, given: bool) -> Match | None:
     """Which sounds a column names; None: none, or, unless the user gave it, so few that it may be chance."""
     cells = table.columns[column]
-    if not given and re.fullmatch(f"{SPLITS}|{CLASS_IDS}", family(column)):  # fold 1 is not 1.wav
-        return None
+    if not given and re.fullmatch(f"{SPLITS}|{CLASS_IDS}", family(column)):
+        if all(stem(str(cell)) == str(cell) for cell in cells):
+            return None
     # Most columns name no sound. A few cells show it, so many that ten hit one if each sound has a row.
     step = max(1, min(len(cells) // 1000, len(sounds.paths) // 10))
     some = range(0, len(cells), step) if sounds.paths else []
     if not any(places_of(split_path(cells[i]), table, i, sounds) for i in some):
         return None
     cells = [split_path(cell) for cell in cells]
-    places = [places_of(cell, table, i, sounds) for i, cell in enumerate(cells)]
-    # A row does not ignore its folder to find a sound in the folder that other rows name.
-    folders = [set(folder.casefold().split("/")) for folder, _ in cells]
-    theirs = set.union(*folders) - set.intersection(*folders) - {""}
-    for row in places:
-        row[:] = [p for p in row if p[0] == 0 or theirs.isdisjoint(p[1].casefold().split("/"))]
-    # A row that has to ignore more folders than usual would find its sound in a neighbour's folder.
-    ignored = sorted(row[0][0] for row in places if row)
-    places = [row if row and row[0][0] <= ignored[len(ignored) // 2] else [] for row in places]
+    places = own_folders(cells, [places_of(cell, table, i, sounds) for i, cell in enumerate(cells)])
     paths = [row[0][2] if row else "" for row in below_one_base(table, places, sounds)]
-    exact = sum(os.path.basename(path) == name for path, (_, name) in zip(paths, cells) if path)
+    names = [name for _, name in cells]
+    exact = sum(os.path.basename(path) == name for path, name in zip(paths, names) if path)
     found = set(paths) - {""}
-    # It is no chance if most rows have their sound or, but for mere numbers, most sounds there have a row.
-    numbers = found and not exact and all(stem(os.path.basename(path)).isdecimal() for path in found)
-    many = 2 * sum(map(bool, paths)) >= sum(bool(name) for _, name in cells)
-    # Ids from 0 or 1 to a few number something else than the many sounds there, such as classes.
-    counted = numbers and re.fullmatch("|id|index|idx|number|unnamed", family(column))
-    counted = counted and max(int(stem(os.path.basename(path))) for path in found) <= len(found)
-    many = many and not (counted and 2 * len(found) <= len(sounds.paths))
-    if not found or not (given or many or (not numbers and sounds.share(found) >= 0.5)):
+    if not found or (not given and is_chance(column, names, paths, exact, sounds)):
         return None
     return Match(column, sounds, paths, exact, len(found))
 
@@ -903,14 +914,14 @@ def find_splits(table: Table, taken: set) -> str:
     """The column that says what trains and validates, or ''. Words count for more than numbered folds."""
     found = ""
     for name, cells in table.columns.items():
-        if name in taken or found == "split":
+        if name in taken or family(found) == "split":
             continue
         values = {str(cell).strip().lower() for cell in cells if cell}
         # Whatever a column is called, if it holds 'train' and 'test' and nothing else, it is one; also if it
         # holds 'test' alone. ('train' alone may be what sounds.)
         sides_named = {SPLIT_WORDS.get(value, "") for value in values}
         plain = "" not in sides_named and sides_named - {"train", "dev"}
-        named = name == "split" or (re.fullmatch(SPLITS, family(name)) and any(column_splits(name, cells)))
+        named = re.fullmatch(SPLITS, family(name)) and any(column_splits(name, cells))
         if (plain or named) and (not found or any(map(split_word, values))):
             found = name
     return found
@@ -950,13 +961,13 @@ def repeats_names(table: Table, match: Match) -> set[str]:
     known = "|".join(set(f"{CAPTIONS}|{TAGS}".split("|")) - {"name", "title"})
     repeating = set()
     for column, cells in table.columns.items():
-        same = sum(name == str(cell) for name, cell in zip(names, cells) if name)
+        same = sum(name == str(cell) and " " not in name for name, cell in zip(names, cells) if name)
         if 2 * same > sum(map(bool, names)) > 1 and not re.fullmatch(known, family(column)):
             repeating.add(column)
     return repeating
 
 
-def name_classes(table: Table) -> bool:
+def name_classes(table: Table, taken: set) -> bool:
     """Write the names of classes over AudioSet's ids, such as /m/0bt9lr, in place; False: nothing says them.
 
     class_labels_indices.csv does, which lies beside the table or in the folder above."""
@@ -967,7 +978,7 @@ def name_classes(table: Table) -> bool:
             names |= dict(zip(known.get("mid", []), known.get("display_name", [])))
     for column, cells in table.columns.items():
         ids = [re.findall(r"/[mgt]/\w+", str(cell)) for cell in cells]
-        if names and any(ids):
+        if names and any(ids) and column not in taken:
             table.columns[column] = [[names.get(one, "") for one in row] for row in ids]
     return bool(names)
 
@@ -989,7 +1000,7 @@ def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Ent
     words = table
     taken = {match.column, split, *repeats_names(table, match)}
     captions, tags = (flags.words, []) if flags.words else find_words(table, taken)
-    if not (captions or tags) and name_classes(table):
+    if not (captions or tags) and name_classes(table, taken):
         captions, tags = find_words(table, taken)
     if not (captions or tags):  # they may lie beside the sounds
         words = beside_table(match.sounds, match.paths, notes)
@@ -1025,7 +1036,8 @@ def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Ent
 METADATA = re.compile(r"(^|/)metadata\.\w+$")  # Hugging Face: a table of the folder that it lies in
 
 
-MOMENT = re.compile(r"^[\d.,]+\s+[\d.,]+\s+")  # when an event begins and ends, as Audacity writes it
+# When an event begins and ends: as Audacity writes it, or as two numbers of samples.
+MOMENT = re.compile(r"(\d+[.,]\d+\s+\d+[.,]\d+|\d+\t\d+|0\s+\d{4,})\s+")
 
 
 def beside_table(sounds: Sounds, paths: list[str], notes: list) -> Table:
@@ -1035,8 +1047,8 @@ def beside_table(sounds: Sounds, paths: list[str], notes: list) -> Table:
         name, row = stem(path).casefold(), {"path": path}
         try:
             lines = read_text(texts[name + ".txt"], notes).split("\n") if name + ".txt" in texts else []
-            events = [re.sub(MOMENT, "", line) for line in lines]
-            if events != lines:
+            if any(lines) and all(MOMENT.match(line) for line in lines if line):
+                events = [MOMENT.sub("", line, count=1) for line in lines]
                 row["captions of events"] = [] if any("\t" in event for event in events) else events
             elif any(lines) and not any(line.count("\t") > 1 for line in lines):  # a table is no caption
                 row["caption"] = lines
@@ -1056,10 +1068,12 @@ def numbered_folders(paths: Iterable[str]) -> set[str]:
     siblings = collections.defaultdict(set)
     for folder in {folder for path in paths for folder in folders_of(path)}:
         siblings[os.path.dirname(folder)].add(folder)
-    kinds = {above: {re.sub(r"[\W\d_]+", "", name) for name in names} for above, names in siblings.items()}
-    return {
-        name for above, names in siblings.items() for name in names if len(kinds[above]) == 1 < len(names)
-    }
+    numbered = set()
+    for names in siblings.values():
+        kinds = {re.sub(r"[\W\d_]+", "", name) for name in names}
+        if len(kinds) == 1 < len(names) and all(re.search(r"\d", os.path.basename(name)) for name in names):
+            numbered |= names
+    return numbered
 
 
 def class_of(path: str, no_classes: set[str]) -> str:
@@ -1094,6 +1108,9 @@ def tables_entries(folder: str, tables: list[str], flags: Flags, notes: list) ->
 def refuse_unread_words(sounds: Sounds, paths: list[str], others: list[str], classes: bool):
     """UserError: a folder holds a file that would say more than the names of folders, and was not read."""
     stems = {stem(path).casefold() for path in paths}
+    own = [path for path in sounds.others if path.lower().endswith(".txt") and path[:-4].casefold() in stems]
+    if 2 * len(own) > len(paths):  # such as tables of events
+        raise UserError(f"{sounds.root}: {own[0]} holds no caption that can be read; write one, or a table")
     for path in sounds.others:
         dots = [dot.start() for dot in re.finditer(r"\.", path)]
         if kind_of(path) in (".txt", ".json"):
@@ -1102,51 +1119,67 @@ def refuse_unread_words(sounds: Sounds, paths: list[str], others: list[str], cla
             what = f"{path} lies beside a sound, but is not read"
             raise UserError(f"{sounds.root}: {what}; call it as the sound, with .txt, or write a table")
     for path in others:
-        name = os.path.basename(path).lower()
-        has_words = re.search("caption|transcri|metadata", name)
+        name, full = os.path.basename(path).lower(), os.path.join(sounds.root, path)
+        has_words = re.search("caption|transcri", name) or METADATA.search(path)
         if kind_of(path) in NO_TABLES and (has_words or not classes):
-            read_text(os.path.join(sounds.root, path), [])  # its error says what to do with it
-        if kind_of(path) in TABLES | {".txt", ".lst"} and (split_word(name) or "split" in name):
+            read_text(full, [])  # its error says what to do with it
+        if kind_of(path) not in TABLES | {".txt", ".lst"}:
+            continue
+        if (split_word(name) or "split" in name) and mentions(full, sounds):
             what = f"{path} seems to list a split"  # testing_list.txt
             raise UserError(f"{sounds.root}: {what}; save a table of path, label and split")
-        if kind_of(path) in TABLES | {".txt"} and has_words:
+        if has_words:
             raise UserError(f"{sounds.root}: {path} is not understood; python data.py {path} says why")
 
 
+def mentions(path: str, sounds: Sounds) -> bool:
+    """Does a text hold the name of one of the sounds?"""
+    words = re.split(r"[\s,;|\"'/\\]+", read_text(path, []))
+    return any(name_key(word) in sounds.index for word in words)
+
+
 def folder_entries(folder: str, flags: Flags, notes: list) -> list[Entry]:
-    """The entries of a folder. Words beside the sounds count for more than tables, and these than classes."""
+    """The entries of a folder: metadata.csv counts for more than words beside the sounds, these for more than
+    other tables, and tables for more than the names of folders."""
     sounds = walk(folder)
     paths = list({stem(path): path for path in sounds.paths}.values())
     notes += [("the same clip in another format", path) for path in sorted(set(sounds.paths) - set(paths))]
-    match = Match("path", sounds, paths)
     described = set(map(stem, paths))
     others = [path for path in sounds.others if os.path.splitext(path)[0] not in described]
     tables = [path for path in others if kind_of(path) in TABLES | {".txt"}]
     tables = [path for path in tables if not re.search("readme|licen[cs]e", path.lower())]
     metadata = [path for path in tables if METADATA.search(path)]
-    if not metadata:
+    entries = tables_entries(folder, metadata, flags, notes)
+    if not entries:
         beside = beside_table(sounds, paths, notes)
         words = flags.words or sum(find_words(beside, {"path"}), [])
         if not beside.columns.keys().isdisjoint(words):
-            return join_rows(beside, match, flags, notes)
-    entries = tables_entries(folder, metadata or tables, flags, notes)
-    if entries:
-        have_rows = {entry.path for entry in entries}
-        notes += [
-            ("no row of a table", path) for path in paths if os.path.join(folder, path) not in have_rows
-        ]
-        return entries
+            return join_rows(beside, Match("path", sounds, paths), flags, notes)
+        entries = tables_entries(folder, [path for path in tables if path not in metadata], flags, notes)
+    if not entries:
+        return class_entries(sounds, paths, others, flags, notes)
+    have_rows = {entry.path for entry in entries}
+    notes += [("no row of a table", p) for p in paths if os.path.join(folder, p) not in have_rows]
+    return entries
+
+
+def class_entries(
+    sounds: Sounds, paths: list[str], others: list[str], flags: Flags, notes: list
+) -> list[Entry]:
+    """The entries of a folder in which nothing but the names of folders says what sounds."""
     no_classes = {*folder_splits(paths), *numbered_folders(paths)}
     classes = [class_of(path, no_classes) for path in paths]
-    refuse_unread_words(sounds, paths, others, bool(any(classes)))
+    refuse_unread_words(sounds, paths, others, any(classes))
     for path in others:
         if kind_of(path) in OTHER_MEDIA:
             notes.append(("not read; ffmpeg -i X.m4a X.wav makes it readable", path))
     if not any(classes):
         what = f"no usable sound among {len(classes)}; expected clip.txt beside clip.wav, folders of classes"
-        raise UserError(f"{folder}: {what}, or a table; if it lies elsewhere, give it as the source")
-    notes.append(("", f"{folder}: no table of sounds and no texts, so the names of folders are categories"))
-    return join_rows(Table(folder, {"path": paths, "category": classes}), match, flags, notes)
+        raise UserError(f"{sounds.root}: {what}, or a table; if it lies elsewhere, give it as the source")
+    where = f"{sounds.root}: no table of sounds and no texts"
+    notes.append(("", f"{where}, so the names of folders are categories"))
+    table = Table(sounds.root, {"path": paths, "category": classes})
+    return join_rows(table, Match("path", sounds, paths), flags, notes)
 
 
 def read_entries(source, log=print, files=None, words=None, split_column=None, left_out=None) -> list[Entry]:
@@ -1597,20 +1630,27 @@ def add_column_flags(parser: argparse.ArgumentParser) -> None:
     add("--split-column", metavar="COLUMN", help="column that says train, val or test (default: found)")
 
 
+COLUMN_FLAGS = ("files", "words", "split_column")
+
+
 def recall_flags(args, saved: dict) -> dict:
     """What a run trains on: flags as they are typed, else as in the run whose checkpoint was `saved`, else by
-    default. They are set in args, and returned, for the next checkpoint."""
+    default. They are set in args. Returns those that were not left out, for the next checkpoint."""
     if saved and "flags" not in saved:
         raise UserError(f"{args.out}: its run is of another version: choose another --out for a new one")
     if saved and args.steps and args.steps < saved["step"]:
         raise UserError(f"--steps {args.steps}: {saved['step']} are done already; type more")
     before = saved.get("flags", {})
-    defaults = {"data": [SOUNDS], "files": None, "words": None, "split_column": None, "seed": 0}
-    defaults |= {"batch": None, "mix": 0.5}
-    flags = {name: vars(args)[name] for name in defaults if name in vars(args)}
-    for name, typed in flags.items():
-        flags[name] = before.get(name, defaults[name]) if typed is None else typed
-    vars(args).update(flags)
+    if args.data:  # of other data, other columns
+        before = {name: value for name, value in before.items() if name not in COLUMN_FLAGS}
+    defaults = {"data": [SOUNDS], "batch": None, "seed": 0, "mix": 0.5} | dict.fromkeys(COLUMN_FLAGS)
+    flags = {}
+    for name, default in defaults.items():
+        typed = vars(args).get(name)
+        value = before.get(name) if typed is None else typed
+        if value is not None:
+            flags[name] = value
+        vars(args)[name] = default if value is None else value
     return flags
 
 

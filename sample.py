@@ -8,8 +8,8 @@
     python sample.py --prompt "sea waves" --stream | aplay                hear it while it is made
 
 Weights: the newest pair in out/, else the ones in pretrained/; or name them with --lm and --codec.
-Writes to --out one WAV per sound, as each is done, and index.html, a page with players and spectrograms that
-works offline.
+Writes to --out one WAV per sound, as each is done, and index.html, a page with players and spectrograms of
+this run's sounds that works offline.
 """
 
 import base64
@@ -95,7 +95,8 @@ def find_weights(args) -> tuple[str, str]:
     """(lm path, codec path): as named, else the newest lm.pt below out/, else pretrained/."""
     walk = os.walk("out", followlinks=True)
     made = [os.path.join(folder, "lm.pt") for folder, _, files in walk if "lm.pt" in files]
-    shipped = os.path.join(os.path.dirname(os.path.abspath(__file__)), "pretrained", "lm.pt")
+    here = os.path.dirname(os.path.abspath(__file__))
+    shipped = os.path.join("" if here == os.getcwd() else here, "pretrained", "lm.pt")
     lm = args.lm or max(made, key=os.path.getmtime, default=shipped)
     if os.path.isdir(lm):
         lm = os.path.join(lm, "lm.pt")
@@ -288,7 +289,7 @@ def write_stream(pieces, target: str):
 
 def next_number(folder: str) -> int:
     """The first number that no sound in the folder has: what was made before is not overwritten."""
-    matches = [re.match(r"(\d+)_.*\.wav$", name) for name in os.listdir(folder)]
+    matches = [re.match(r"(\d{3,6})_.*\.wav$", name) for name in os.listdir(folder)]
     return max((int(match[1]) + 1 for match in matches if match), default=0)
 
 
@@ -354,8 +355,8 @@ def main():
                 say(f"\n{prompt} (seed {seed})\n{in_characters(wave)}\n{path}")
     finally:  # of what is done, even if the rest has failed
         index = os.path.join(args.out, "index.html")
-        title = "nanoAudioGen: " + ", ".join(dict.fromkeys(prompt for prompt, _, _ in clips))[:80]
         if clips:
+            title = "nanoAudioGen: " + ", ".join(dict.fromkeys(prompt for prompt, _, _ in clips))[:80]
             with open(index, "w", encoding="utf-8", errors="replace") as file:
                 file.write(page(title, clips))
     spent, seconds = D.now(device) - began, frames / codec.cfg.frame_rate * len(clips)

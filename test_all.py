@@ -301,14 +301,13 @@ def test_the_ids_of_audioset_are_named_by_its_list_of_classes(tmp_path):
 
 def test_words_that_lie_unread_beside_class_folders_are_refused(tmp_path):
     sounds = ["bed/a.wav", "cat/b.wav"]
-    for i, name in enumerate(
-        ["bed/a.lab", "bed/a.normalized.txt", "captions.xlsx", "train.lst", "captions.csv"]
-    ):
-        text = {name: "x,y\nfar.wav,rain falls\n"}
+    unread = ["bed/a.lab", "bed/a.normalized.txt", "captions.xlsx", "captions.csv", "train.lst"]
+    for i, name in enumerate(unread):
+        text = {name: "x,y\nfar.wav,rain falls\n" if name == "captions.csv" else "bed/a.wav\n"}
         assert os.path.basename(name) in refusal(tmp_path / str(i), sounds, text, "")
     text = {"bed/A.TXT": "rain falls\n", "cat/b.txt": "wind blows\n", "readme.txt": "of mine"}
     assert read(tmp_path, sounds, text, "")[0] == {"bed/a.wav": ["rain falls"], "cat/b.wav": ["wind blows"]}
-    text = {"bed/a.txt": "0.0\t1.5\tbig_bark\n2.0\t2.5\train\n", "cat/b.txt": "0 1 wind\n"}  # of Audacity
+    text = {"bed/a.txt": "0.0\t1.5\tbig_bark\n2.0\t2.5\train\n", "cat/b.txt": "0\t1\twind\n"}  # of Audacity
     captions = read(tmp_path / "events", sounds, text, "")[0]
     assert captions == {"bed/a.wav": ["big bark", "rain"], "cat/b.wav": ["wind"]}
 
@@ -1644,7 +1643,7 @@ def load(path):
 def assert_same_run(a, b, name):
     """The model, all that a resumed run reads, and the log are the same, bit for bit."""
     for file in (f"{name}.pt", f"{name}_train.pt"):
-        x, y = (flatten(load(folder / file)) for folder in (a, b))
+        x, y = (flatten(load(folder / file) | {"flags": {}}) for folder in (a, b))
         assert x.keys() == y.keys()
         for key in x:
             assert torch.equal(x[key], y[key]) if torch.is_tensor(x[key]) else x[key] == y[key], key
@@ -1678,7 +1677,7 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(stop, run, m
     with stop_at(batch):
         run(script, *flags)
     assert re.search(rf"SIGTERM: saved step {step} to .*{name}_train\.pt.*--resume", capsys.readouterr().out)
-    run(script, *flags, "--resume")
+    run(script, *flags[2:], "--resume")  # it knows its data
     assert_same_run(made.out, tmp_path / "out", name)
 
 
@@ -1867,6 +1866,15 @@ def test_several_sounds_are_made_in_batches_each_by_its_own_seed(make, monkeypat
     several = make("--prompt", "rain", "--prompts", prompts, "--num_samples", 3, "--seed", 3)
     assert len(several) == 9 and len({wave.tobytes() for wave in several}) == 9
     np.testing.assert_allclose(several[4], make("--prompt", "wind", "--seed", 4)[0], rtol=0, atol=1e-3)
+
+
+def test_no_run_overwrites_the_sounds_of_another(make, tmp_path):
+    for flags in ([], ["--guidance", 1]):
+        make("--prompt", "rain", *flags, "--out", tmp_path / "all")  # the last --out counts
+    assert sorted(path.name for path in (tmp_path / "all").glob("*.wav")) == [
+        "000_rain_0.wav",
+        "001_rain_0.wav",
+    ]
 
 
 def test_the_best_of_several_sounds_is_the_one_with_the_most_evidence(make, monkeypatch, capsys):

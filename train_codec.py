@@ -317,7 +317,8 @@ def main():
     path, resume_path, wavs = (
         os.path.join(args.out, name) for name in ("codec.pt", "codec_train.pt", "codec_wavs")
     )
-    saved = load_checkpoint(resume_path, "nanoaudiogen codec training") if args.resume else {}
+    known = args.resume or (args.eval_only and os.path.exists(resume_path))
+    saved = load_checkpoint(resume_path, "nanoaudiogen codec training") if known else {}
     flags = D.recall_flags(args, saved)
     device, rank, world_size = D.start_processes(args.device)
     is_main = rank == 0
@@ -379,8 +380,8 @@ def main():
             how = "to go on, type the same command and --resume"
             return say(f"{stopper.signal or 'stopped'}: saved step {done} to {resume_path}; {how}")
     elsewhere = "" if args.out == "out" else f" --out {D.shell_quote(args.out)}"
-    flags = D.data_command(args) + elsewhere
-    say(f"codec saved to {path}; next: python train_lm.py --streams {config.streams}{flags}")
+    rest = D.data_command(args) + elsewhere
+    say(f"codec saved to {path}; next: python train_lm.py --streams {config.streams}{rest}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from lm import AudioLM, LMConfig, LMError
 # A size is one entry here and one in lm.SIZES. `tiny` is settled by short runs (experiments/README.md);
 # `base` and `large` follow the paper, but for Muon and fewer steps: for hours of sound, not thousands.
 # `micro` clips go through the model at once for every 24 GiB of a GPU. `text_len` is the least and the most
-# places for text, which `text_length` fits to the captions: each costs as much as a frame. With `shard`, each
+# tokens of text, which `text_window` fits to the captions: each costs as much as a frame. With `shard`, each
 # process keeps the optimizers' state for a part of the weights only.
 RECIPES = {
     "tiny": {"steps": 2600, "batch": 4, "micro": 4, "lr": 4e-3, "dropout": 0.1, "shard": False}
@@ -395,7 +395,8 @@ def main():
     """Read the flags, prepare the data, train, evaluate and save now and then, make sounds at the end."""
     args = get_args()
     path, resume_path, wavs = (os.path.join(args.out, name) for name in ("lm.pt", "lm_train.pt", "lm_wavs"))
-    saved = load_checkpoint(resume_path, "nanoaudiogen lm training") if args.resume else {}
+    known = args.resume or (args.eval_only and os.path.exists(resume_path))
+    saved = load_checkpoint(resume_path, "nanoaudiogen lm training") if known else {}
     flags = D.recall_flags(args, saved)
     device, rank, world_size = D.start_processes(args.device)
     is_main = rank == 0
@@ -463,7 +464,8 @@ def main():
                 kept = copy.deepcopy(lm).eval()  # not compiled: the shapes of evaluation are others
                 say(as_text(evaluate(kept, t.tokenizer, held_out, final=done == t.steps)))
     if is_main:
-        save_samples(copy.deepcopy(lm).eval(), codec, t.tokenizer, held_out.clips[:10], wavs)
+        some = held_out.clips[:: math.ceil(len(held_out.clips) / 10)]
+        save_samples(copy.deepcopy(lm).eval(), codec, t.tokenizer, some, wavs)
     captions = [caption for clip in held_out.pool for caption in clip.captions]
     prompt = next((c for c in captions if len(t.tokenizer.encode(c)) <= lm.cfg.max_text_len), "rain")
     where = "" if args.out == "out" else f"--lm {D.shell_quote(path)} "
