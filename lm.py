@@ -442,8 +442,8 @@ class AudioLM(nn.Module):
         try:
             lm = AudioLM(LMConfig(**checkpoint["config"]))
             lm.load_state_dict(checkpoint["model"])
-            lm.tokenizer, lm.codec_hash = checkpoint["tokenizer"], checkpoint["codec_hash"]
-            lm.words = checkpoint.get("words", [])  # the weights that ship are older and have none
+            lm.tokenizer, lm.words = checkpoint["tokenizer"], checkpoint["words"]
+            lm.codec_hash = checkpoint["codec_hash"]
         except (KeyError, TypeError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise LMError(f"{path}: of another version ({reason}): train it again") from None

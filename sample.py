@@ -224,12 +224,12 @@ def check_words(prompts: list[str], tokenizer, lm, say) -> None:
                 "use fewer words"
             )
     for word in D.words_of(" ".join(prompts)):
-        if lm.words and word not in lm.words:
+        if word not in lm.words:
             nearest = difflib.get_close_matches(word, lm.words, n=3)
             like = f"the nearest are {', '.join(nearest)}" if nearest else "none is spelled like it"
             say(f"! no caption of the training data had the word {word!r}: {like}")
     for prompt in prompts:
-        if lm.words and prompt and not set(D.words_of(prompt)) & set(lm.words):
+        if prompt and not set(D.words_of(prompt)) & set(lm.words):
             say(f"! {prompt!r} has no word that the model knows: expect any sound")
 
 

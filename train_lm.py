@@ -425,7 +425,8 @@ def main():
     size = lm.cfg.size if lm else args.size or ("base" if device.type == "cuda" else "tiny")
     recipe = choose_recipe(args, size, device, world_size)
     lm = lm or new_model(args, recipe, codec, data, size, device)
-    lm.words = sorted({*lm.words, *D.words_of(" ".join(c for clip in data.train for c in clip.captions))})
+    said = [caption for clip in data.train for caption in clip.captions] + ["and"] * (args.mix > 0)
+    lm.words = sorted({*lm.words, *D.words_of(" ".join(said))})
     t = Training(lm, recipe, device, rank, world_size)
     t.flags = flags
     start = t.load(saved, args.steps) if saved else 0

@@ -22,7 +22,7 @@ from codec import Codec, CodecError
 from lm import AudioLM, LMError
 from sample import png, spectrogram
 
-WORDS = "dog,rooster,baby cry,sneeze,clock tick,rain,sea waves,fire,helicopter,chainsaw"
+WORDS = "dog,rain,sea waves,baby cry,clock tick,fire,helicopter,chainsaw,rooster,bird,thunder,laugh"
 COLUMNS = ("a real recording", "through the codec", "from the words alone")
 STYLE = """<style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }

@@ -88,7 +88,7 @@ def main():
     add = parser.add_argument
     add("--out", required=True, help="a PNG")
     add("--log", nargs="+", help="logs (codec.csv or lm.csv) whose losses are drawn instead of sounds")
-    add("--words", default="dog,baby cry,rooster,clock tick,sneeze,sea waves", help="categories")
+    add("--words", default="dog,baby cry,rooster,clock tick,laugh,sea waves", help="categories")
     add("--data", default=D.SOUNDS, help="table or folder with the real clips")
     add("--codec", default="pretrained/codec.pt")
     add("--lm", default="pretrained/lm.pt")
