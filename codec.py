@@ -17,6 +17,7 @@ What differs from the reference code (facebookresearch/encodec and audiocraft):
 Letters: B batch, T samples, F frames, C channels, D latent size, K streams, V codes in a codebook.
 """
 
+import functools
 import hashlib
 import itertools
 import math
@@ -433,13 +434,17 @@ def load_checkpoint(path, kind: str) -> dict:
 # Losses of the reconstruction
 
 
-def stft(wave, n_fft: int):
-    """Wave (B, T) to its complex spectrum (B, n_fft / 2 + 1, frames), hop a quarter of the Hann window.
+@functools.lru_cache
+def hann_window(n_fft: int, device: torch.device):
+    """A Hann window (n_fft,) of norm 1, so that the spectrum of white noise is as loud at all windows."""
+    window = torch.hann_window(n_fft, device=device)
+    return window / window.norm()
 
-    Divided by the window's norm, so that white noise is as loud at all windows."""
-    window = torch.hann_window(n_fft, device=wave.device)
-    options = {"window": window, "pad_mode": "constant", "return_complex": True}
-    return torch.stft(wave, n_fft, n_fft // 4, **options) / window.norm()
+
+def stft(wave, n_fft: int):
+    """Wave (B, T) to its complex spectrum (B, n_fft / 2 + 1, frames), hop a quarter of the window."""
+    options = {"window": hann_window(n_fft, wave.device), "pad_mode": "constant", "return_complex": True}
+    return torch.stft(wave, n_fft, n_fft // 4, **options)
 
 
 def mel_filters(n_fft: int, n_mels: int):
@@ -639,7 +644,7 @@ def log_spectrum_distance(target, estimate, windows=(256, 512, 1024, 2048), floo
     It sees fine structure that a mel spectrum averages away: two noises of one spectrum are .30 apart."""
     distances = []
     for n in windows:
-        least = floor / math.sqrt(3 * n / 8)  # the norm of a Hann window, by which `stft` has divided
+        least = floor / math.sqrt(3 * n / 8)  # by the norm that `hann_window` has taken out
         x, y = (stft(wave, n).abs().clamp(min=least).log10() for wave in (target, estimate))
         distances.append((x - y).abs().mean((1, 2)))
     return torch.stack(distances).mean(0)

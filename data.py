@@ -202,6 +202,8 @@ CAPTIONS = "(main_)?captions?|.*captions?.*|sentences?|text|transcri.*|descripti
 CLASSES = "category|class|class_name|class_string|classname|labels?"
 TAGS = f"common_names?|display_names?|scientific_name|{CLASSES}|.*category.*|.*class.*|.*label.*|tags?"
 TAGS += "|keywords?|.*event.*|.*scene.*|choice|name|species|genre|title"
+FIRST_TAG = len(CAPTIONS.split("|"))
+PATTERNS = f"{CAPTIONS}|{TAGS}".split("|")  # the names of columns of words, the best first
 RANKS = {"phylum", "order", "family", "genus"}  # of animals: a "class" beside them is one, such as "aves"
 # Columns about who made a recording, and how: their words are taken only if they are asked for.
 PEOPLE = "author|artist|speaker|annotator|recordist|recorder|uploader|user|user_?name|captioner|transcriber"
@@ -375,15 +377,20 @@ def folders_of(path: str) -> list[str]:
     return [path[: slash.start()] for slash in re.finditer("/", path)]
 
 
+def siblings_of(paths: Iterable[str]) -> dict[str, set[str]]:
+    """{folder: the names of the folders in it} for the folders above these files."""
+    siblings = collections.defaultdict(set)
+    for folder in {folder for path in paths for folder in folders_of(path)}:
+        siblings[os.path.dirname(folder)].add(os.path.basename(folder))
+    return siblings
+
+
 def folder_splits(paths: Iterable[str]) -> dict[str, str]:
     """{folder: 'train' or 'val'} for folders in relative paths that are splits, as their siblings are.
 
     ESC-50 has a class called 'train', but other classes beside it; another set has 'train horn'."""
-    siblings = collections.defaultdict(set)
-    for folder in {folder for path in paths for folder in folders_of(path)}:
-        siblings[os.path.dirname(folder)].add(os.path.basename(folder))
     splits: dict[str, str] = {}
-    for above, names in siblings.items():
+    for above, names in siblings_of(paths).items():
         words = set(map(split_word, names))
         exact = {split_word(name) for name in names if name.lower() in SPLIT_WORDS}
         all_splits = "" not in words and (len(words) > 1 or len(names) == 1)
@@ -648,15 +655,14 @@ def walk(root: str) -> Sounds:
     """All that lies in a folder and below, but what is hidden."""
     files, visited = [], set()
     for where, below, names in os.walk(root, followlinks=True):
-        if os.path.realpath(where) in visited:  # a link to a folder above would lead in circles
+        written = "audio.i16" in names or (".lock" in names and where != root)  # by these scripts
+        # A link to a folder above would lead in circles.
+        if written or os.path.realpath(where) in visited:
             below.clear()
             continue
         visited.add(os.path.realpath(where))
-        if "audio.i16" in names or (".lock" in names and where != root):  # written by these scripts
-            below.clear()
-            continue
-        below[:] = sorted(name for name in below if not name.startswith((".", "__MACOSX")))
-        below[:] = [name for name in below if name not in WRITTEN]
+        hidden = (".", "__MACOSX")
+        below[:] = sorted(name for name in below if name not in WRITTEN and not name.startswith(hidden))
         files += [os.path.relpath(os.path.join(where, name), root) for name in names if name[0] != "."]
     return Sounds(root, files)
 
@@ -878,33 +884,32 @@ def rank_words(table: Table, taken: set) -> dict[str, int]:
     """{column: the place of the first pattern that its name fits} of the columns that hold words.
 
     A column whose name says nothing, and whose cells all say the same, is a remark, not a caption."""
-    patterns, ranks = f"{CAPTIONS}|{TAGS}".split("|"), {}
+    ranks = {}
     of_animals = len(RANKS.intersection(map(family, table.columns))) > 1
     for name, cells in table.columns.items():
         if name in taken or re.fullmatch(ABOUT, family(name)) or not holds_words(cells):
             continue
-        fitting = [i for i, pattern in enumerate(patterns) if re.fullmatch(pattern, family(name))]
+        fitting = [i for i, pattern in enumerate(PATTERNS) if re.fullmatch(pattern, family(name))]
         if of_animals and family(name) == "class":
             fitting = []
         if fitting or not is_constant(cells):
-            ranks[name] = min(fitting, default=len(patterns))
+            ranks[name] = min(fitting, default=len(PATTERNS))
     return ranks
 
 
 def find_words(table: Table, taken: set) -> tuple[list[str], list[str]]:
     """The columns of captions, and, best first, those of tags for rows without one; either may be none."""
-    first_tag, unknown = len(CAPTIONS.split("|")), len(f"{CAPTIONS}|{TAGS}".split("|"))
     ranks = rank_words(table, taken)
     best = [name for name in ranks if ranks[name] == min(ranks.values())]
     rows = list(zip(*(table.columns[name] for name in best)))
-    known = bool(best) and ranks[best[0]] < unknown
+    known = bool(best) and ranks[best[0]] < len(PATTERNS)
     ambiguous = len(best) > 1 and not (known and len(set(map(family, best))) == 1)
     # Between columns that mostly agree any will do: LJSpeech writes numbers as digits and again as words.
     if ambiguous and 2 * sum(len(set(map(str, row))) == 1 for row in rows) < len(rows):
         raise UserError(f"{table.path}: columns {listed(best)} all hold words; choose with --words COLUMN")
     if not known:
         return (best, []) if any(" " in str(cell) for row in rows for cell in row) else ([], best)
-    tags = [name for name in sorted(ranks, key=ranks.get) if first_tag <= ranks[name] < unknown]
+    tags = [name for name in sorted(ranks, key=ranks.get) if FIRST_TAG <= ranks[name] < len(PATTERNS)]
     if best[0] in tags:
         return [], tags
     return best, [name for name in tags if not is_constant(table.columns[name])]
@@ -958,7 +963,7 @@ def check_rows(table: Table, match: Match):
 def repeats_names(table: Table, match: Match) -> set[str]:
     """The columns that mostly repeat the sounds' names: 'dog_bark_2' beside dog_bark_2.wav is no caption."""
     names = [name_key(os.path.basename(path)) for path in match.paths]
-    known = "|".join(set(f"{CAPTIONS}|{TAGS}".split("|")) - {"name", "title"})
+    known = "|".join(set(PATTERNS) - {"name", "title"})
     repeating = set()
     for column, cells in table.columns.items():
         same = sum(name == str(cell) and " " not in name for name, cell in zip(names, cells) if name)
@@ -1065,14 +1070,11 @@ def beside_table(sounds: Sounds, paths: list[str], notes: list) -> Table:
 
 def numbered_folders(paths: Iterable[str]) -> set[str]:
     """Folders whose siblings all differ in digits and signs only: Actor_01/ and Actor_02/ are no classes."""
-    siblings = collections.defaultdict(set)
-    for folder in {folder for path in paths for folder in folders_of(path)}:
-        siblings[os.path.dirname(folder)].add(folder)
     numbered = set()
-    for names in siblings.values():
+    for above, names in siblings_of(paths).items():
         kinds = {re.sub(r"[\W\d_]+", "", name) for name in names}
-        if len(kinds) == 1 < len(names) and all(re.search(r"\d", os.path.basename(name)) for name in names):
-            numbered |= names
+        if len(kinds) == 1 < len(names) and all(re.search(r"\d", name) for name in names):
+            numbered |= {os.path.join(above, name) for name in names}
     return numbered
 
 
@@ -1657,12 +1659,9 @@ def recall_flags(args, saved: dict) -> dict:
 def data_command(args) -> str:
     """The flags that name the data, as they have to be typed for another script."""
     said = [] if args.data == [SOUNDS] else ["--data", *args.data]
-    for flag, column in (
-        ("--files", args.files),
-        ("--words", args.words),
-        ("--split-column", args.split_column),
-    ):
-        said += [flag, column] if column else []
+    for name in COLUMN_FLAGS:
+        if vars(args)[name]:
+            said += ["--" + name.replace("_", "-"), vars(args)[name]]
     return "".join(" " + shell_quote(word) for word in said)
 
 

@@ -32,14 +32,9 @@ def halve(source: str, target: str, kind: str, **changes) -> None:
     print(f"{target}: {os.path.getsize(source) / 1e6:.1f} MB are now {os.path.getsize(target) / 1e6:.1f} MB")
 
 
-def encode(codec, waves):
-    """Waves (n, T) to codes (n, K, F)."""
-    return torch.cat([codec.encode(part) for part in waves.split(8)])
-
-
 def compare_codecs(full, half, waves) -> None:
     """Print how many codes agree, and how well both codecs do."""
-    codes, changed = encode(full, waves), encode(half, waves)
+    codes, changed = train_lm.encode(full, waves, "cpu"), train_lm.encode(half, waves, "cpu")
     agree = " ".join(f"{100 * share:.2f}" for share in (codes == changed).float().mean((0, 2)))
     print(f"% of the codes that are the same, stream by stream: {agree}")
     for title, codec, of in (("full", full, codes), ("halved", half, changed)):
@@ -74,7 +69,8 @@ def main():
     halve(lm_in, lm_out, "nanoaudiogen lm", codec_hash=half.hash())
     for title, codec, path in (("full", full, lm_in), ("halved", half, lm_out)):
         lm = AudioLM.load(path)
-        loss = train_lm.caption_losses(lm, D.Tokenizer(lm.tokenizer), encode(codec, waves), captions).mean()
+        codes = train_lm.encode(codec, waves, "cpu")
+        loss = train_lm.caption_losses(lm, D.Tokenizer(lm.tokenizer), codes, captions).mean()
         losses.append(loss.item())
         print(f"{title:8}loss of the language model {loss:.4f} nats per code")
     if losses[1] > losses[0] + 0.005:
