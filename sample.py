@@ -204,12 +204,13 @@ def load_models(args, device, say):
     codec = Codec.load(codec_path, device)
     lm = AudioLM.load(lm_path, device, codec.hash())
     tokenizer = D.Tokenizer(lm.tokenizer)
-    # A frame takes as long as reading the weights once: bfloat16, where it is fast, halves them, and `pack`
-    # stores them in the order in which a CPU's kernel reads them.
+    # A frame takes as long as reading the weights once. On a GPU bfloat16 halves them, and on a CPU `pack`
+    # rounds them to 8 bits.
     lm = lm.to(D.fast_dtype(device)).pack()
     nothing = tokenizer.batch([""], lm.cfg.max_text_len).to(device)
     D.choose_threads(args.threads, device, lambda: lm.generate(nothing, 2), say)
-    say(f"{lm_path} and {codec_path} on {device}, {str(lm.bos.dtype)[6:]}")
+    weights = "" if isinstance(lm.lm_heads, torch.nn.Linear) else " with weights of 8 bits"
+    say(f"{lm_path} and {codec_path} on {device}, {str(lm.bos.dtype)[6:]}{weights}")
     return codec, lm, tokenizer
 
 

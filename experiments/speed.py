@@ -118,10 +118,10 @@ def lm_training_rows(size: str, device, n: int) -> None:
 def sampling_row(size: str, streams: int, frames: int, device, against_peer: bool) -> None:
     """One sound at a time, guidance on, and the time that reading the weights takes."""
     model = lm.AudioLM(lm.LMConfig(streams, size, vocab_size=512, max_text_len=16)).to(device).eval()
-    model, text = model.to(D.fast_dtype(device)), torch.randint(1, 500, (1, 16), device=device)
-    read = [*model.blocks.named_parameters(), *model.lm_heads.named_parameters()]
-    n_bytes = sum(p.numel() * p.element_size() for name, p in read if "c_kv" not in name)
-    weights, sample = torch.ones(n_bytes // 4, device=device), model.pack().generate
+    model, text = model.to(D.fast_dtype(device)).pack(), torch.randint(1, 500, (1, 16), device=device)
+    read = [(name, t) for part in (model.blocks, model.lm_heads) for name, t in part.state_dict().items()]
+    n_bytes = sum(t.numel() * t.element_size() for name, t in read if "c_kv" not in name)
+    weights, sample = torch.ones(n_bytes // 4, device=device), model.generate
     floor = seconds(lambda: weights.sum(), device, 20)
     ours = seconds(lambda: sample(text, frames, top_k=250), device, warm_up=lambda: sample(text, 8)) / frames
     theirs = None
