@@ -169,21 +169,20 @@ def test_a_loud_sound_is_saved_turned_down_and_not_clipped(gain, peak, tmp_path)
     assert_close(D.load_audio(str(tmp_path / "a.wav")), expected, rtol=0, atol=1e-3)
 
 
-def test_a_file_of_which_only_a_part_can_be_decoded_is_refused(tmp_path):
+def test_a_file_of_which_only_a_part_can_be_decoded_is_refused_but_tags_behind_a_sound_are_no_damage(
+    tmp_path,
+):
     """Two Ogg files in a row are one, by its standard; libsndfile reads the first."""
-    parts = [write_wav(tmp_path / f"{i}.ogg", hiss(20.0, seed=i), format="OGG") for i in range(2)]
-    with open(tmp_path / "joined.ogg", "wb") as file:
-        file.writelines(open(part, "rb").read() for part in parts)  # noqa: SIM115
-    assert len(D.load_audio(parts[0])) == 20 * RATE
+    ogg, other = (write_wav(tmp_path / f"{seed}.ogg", hiss(20.0, seed), format="OGG") for seed in (0, 1))
+    wav, tags = write_wav(tmp_path / "a.wav", hiss(0.1)), b"cover picture " * 10000
+    assert len(D.load_audio(ogg)) == 20 * RATE
+    with open(ogg, "ab") as file, open(other, "rb") as second:
+        file.write(second.read())
     with raises(D.UserError, match="only its first part can be decoded"):
-        D.load_audio(str(tmp_path / "joined.ogg"))
-
-
-def test_tags_behind_the_sound_of_a_wav_are_no_damage(tmp_path):
-    path, tags = write_wav(tmp_path / "a.wav", hiss(0.1)), b"cover picture " * 10000
-    with open(path, "ab") as file:
+        D.load_audio(ogg)
+    with open(wav, "ab") as file:
         file.write(b"id3 " + len(tags).to_bytes(4, "little") + tags)
-    assert len(D.load_audio(path)) == 0.1 * RATE
+    assert len(D.load_audio(wav)) == 0.1 * RATE
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -217,6 +216,7 @@ def refusal(*args, **flags):
     return str(error.value)
 
 
+BOTH = {"a.wav": ["rain falls"], "b.wav": ["wind blows"]}
 TABLES_OF_BOTH = [  # columns of any name, any delimiter, comments, blanks, no header, JSON of any shape
     "sound_i_recorded,what_you_hear\na.wav,rain falls\nb.wav,wind blows\n",
     "path\tcaption\ta,b,c\na.wav\train falls\t1\nb.wav\twind blows\t2\n",
@@ -273,11 +273,7 @@ def test_a_table_is_read_as_meant_or_refused_with_advice(table, tmp_path):
     if table in REFUSED_TABLES:
         assert REFUSED_TABLES[table] in refusal(tmp_path, ["a.wav", "b.wav"], table)
     else:
-        expected = (
-            {"a.wav": TABLES_OF_ONE[table]}
-            if table in TABLES_OF_ONE
-            else {"a.wav": ["rain falls"], "b.wav": ["wind blows"]}
-        )
+        expected = {"a.wav": TABLES_OF_ONE[table]} if table in TABLES_OF_ONE else BOTH
         assert read(tmp_path, sorted(expected), table)[0] == expected
 
 
@@ -382,6 +378,8 @@ test train val|partition train valid_set train val|is_train True False train val
 - -|split fold9 fold10 - val|set train dev train val|set dev eval train val|split test test val val"""
 FOLDERS = [
     ("", ["train/dog/1.wav", "test/dog/1.wav"], ["val", "train"]),
+    ("", ["train/dog/1.wav", "valid/cat/1.wav"], ["train", "val"]),
+    ("", ["train/dog/1.wav", "X.eval_audio/dog/1.wav"], ["val", "train"]),
     ("", ["data/X.dev_audio/dog/1.wav", "data/X.eval_audio/cat/2.wav"], ["train", "val"]),
     ("", ["train/1.wav", "dog/2.wav"], ["", ""]),  # ESC-50 has a class called train
     ("", ["train horn/1.wav", "train station/2.wav"], ["", ""]),
@@ -455,25 +453,17 @@ def test_damaged_tables_end_in_an_error_of_the_user_or_not_at_all(tmp_path):
             read(tmp_path, [] if i else ["a.wav", "b.wav"], "".join(damaged))
 
 
-def test_a_table_of_credits_beside_the_table_of_captions_is_told_from_it(tmp_path):
-    tables = {
-        "clips.csv": "path,caption\na.wav,rain falls\n",
-        "CREDITS.csv": "path,author,site\na.wav,Ann,Home\n",
-    }
-    tables = {f"s/{name}": text for name, text in tables.items()}
-    captions, _, log = read(tmp_path, ["s/a.wav"], tables, "s")
-    assert captions == {"s/a.wav": ["rain falls"]} and "CREDITS.csv" in log
-
-
-def test_a_table_about_something_else_is_named_and_folders_are_classes(tmp_path):
-    files = {"s/readings.csv": "city,degrees\nRome,31\nOslo,12\n"}
-    captions, _, log = read(tmp_path, ["s/dog/a.wav", "s/cat/b.wav"], files, "s")
-    assert captions == {"s/cat/b.wav": ["cat"], "s/dog/a.wav": ["dog"]} and "readings.csv" in log
-
-
-def test_two_formats_of_a_clip_are_one_clip(tmp_path):
-    captions, _, log = read(tmp_path, ["s/dog/a.wav", "s/dog/a.flac", "s/cat/a.wav"], {}, "s")
-    assert captions == {"s/cat/a.wav": ["cat"], "s/dog/a.wav": ["dog"]} and "a.flac" in log
+def test_tables_of_something_else_and_other_formats_of_a_clip_are_named_and_not_read(tmp_path):
+    captions, credits = "path,caption\ndog/a.wav,rain falls\n", "path,author,site\ndog/a.wav,Ann,Home\n"
+    cases = [
+        ({"clips.csv": captions, "CREDITS.csv": credits}, ["dog/a.wav"], {"dog/a.wav": ["rain falls"]}),
+        ({"readings.csv": "city,degrees\nRome,31\nOslo,12\n"}, ["dog/a.wav"], {"dog/a.wav": ["dog"]}),
+        ({}, ["dog/a.wav", "dog/a.flac"], {"dog/a.wav": ["dog"]}),
+    ]
+    for i, unread in enumerate(["CREDITS.csv", "readings.csv", "a.flac"]):
+        files, sounds, expected = cases[i]
+        found, _, log = read(tmp_path / str(i), sounds, files, "")
+        assert found == expected and unread in log
 
 
 def test_nothing_is_listed_by_the_thousand(tmp_path):
@@ -568,9 +558,12 @@ def test_the_splits_of_a_source_are_honoured_and_one_of_which_all_clips_validate
         clips = [(f"{i}.wav", hiss(0.1), f"{name} {split}", "", split) for i, split in enumerate(splits)]
         return write_table(tmp_path / name, *clips)
 
-    mixed = source("mixed", "train", "training", "test", "valid", "train")
+    mixed = source("mixed", "train", "training", "test", "validation", "valid", "train")
     data = D.AudioData([mixed], str(tmp_path / "out"), quiet)
-    assert [clip.name[0] for clip in data.val] == ["2", "3"] and len(data.train) == 3
+    assert [clip.name[0] for clip in data.val] == ["2", "3", "4"] and len(data.train) == 3
+    unsaid = source("unsaid", *["train"] * 9, "", "", "")  # what is not said to train validates first
+    data = D.AudioData([unsaid], str(tmp_path / "out"), quiet)
+    assert [clip.captions for clip in data.val] == [["unsaid"]]
     train, test = source("a", *["train"] * 12), source("b", *["test"] * 12)
     for both in ([train, test], [f"{train}:1", f"{test}:2"]):
         data = D.AudioData(both, str(tmp_path / "out"), quiet)
@@ -579,21 +572,6 @@ def test_the_splits_of_a_source_are_honoured_and_one_of_which_all_clips_validate
         assert {crop.caption for crop in data.batch(50, 100, rng())} == {"a train"}
     with raises(D.UserError, match=re.escape(test)):
         D.AudioData([test], str(tmp_path / "out"), quiet)
-
-
-@pytest.mark.parametrize("other", ["test", "", "validation"])
-def test_what_a_column_says_trains_does_not_validate_where_others_can(other, tmp_path):
-    clips = [(f"{i}.wav", hiss(0.1, i), "rain", "", "train" if i < 9 else other) for i in range(12)]
-    data = audio_data(tmp_path, *clips)
-    assert data.val and {clip.name for clip in data.val} <= {"9.wav", "10.wav", "11.wav"}
-
-
-@pytest.mark.parametrize("other", ["test", "X.eval_audio", "valid"])
-def test_what_lies_in_a_folder_called_train_does_not_validate_beside_another_split(other, tmp_path):
-    for i in range(12):
-        write_wav(tmp_path / "s" / ("train" if i < 9 else other) / "dog" / f"{i}.wav", hiss(0.1, i))
-    data = D.AudioData([str(tmp_path / "s")], str(tmp_path / "out"), quiet)
-    assert len(data.val) == 3 and all(other in clip.name for clip in data.val)
 
 
 def test_the_recordings_that_ship_are_whole_and_credited():
@@ -720,7 +698,7 @@ def tokenizer():
     return D.Tokenizer.train(["a dog barks", "rain falls", "a bell rings while wind blows"], 300)
 
 
-def test_tokenizer_knows_every_word_pads_with_zero_and_cuts_at_the_window(tokenizer):
+def test_tokenizer_knows_every_word_pads_with_zero_cuts_at_the_window_and_notices_damage(tokenizer):
     tiny = D.Tokenizer.train(["a dog barks"], 500)  # a single caption is enough
     ids = tiny.encode("Zürich 東京 dog")
     assert ids and 1 not in ids and max(ids) < tiny.vocab_size  # 1 is "unknown": bytes stand in for it
@@ -729,11 +707,7 @@ def test_tokenizer_knows_every_word_pads_with_zero_and_cuts_at_the_window(tokeni
     assert batch.shape == (3, 12) and batch.dtype == torch.int64
     assert batch[0].tolist() == ids + [0] * (12 - len(ids)) and 0 not in ids
     assert not batch[1].any() and batch[2].all()
-
-
-def test_tokenizer_survives_the_way_through_a_tensor_and_notices_damage(tokenizer):
-    again, model = D.Tokenizer(tokenizer.to_tensor()), tokenizer.model
-    assert again.encode("a dog barks in the rain") == tokenizer.encode("a dog barks in the rain")
+    model = tokenizer.model
     for harmed in (model[:99], model[:-9] + b"x" + model[-8:], b"", b"not a model"):
         with raises(D.UserError, match="damaged"):
             D.Tokenizer(harmed)
@@ -792,18 +766,16 @@ BUGS = [
     lambda: torch.zeros(2, 3) @ torch.zeros(2, 3),
     lambda: os.read(-1, 1),  # an OSError without a name
 ]
-MISHAPS = [
-    (D.UserError("--mix 2: expected\n a share"), "--mix 2: expected a share"),
-    (MemoryError(), "out of memory; to train, lower --batch"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried"), "out of memory; to train, lower --batch"),
-    (
-        RuntimeError("[enforce fail] can't allocate memory: you tried"),
-        "out of memory; to train, lower --batch",
-    ),
-    (FileNotFoundError(2, "No such file or directory", "x.txt"), "x.txt: No such file or directory"),
-    (CodecError("codec.pt: truncated"), "codec.pt: truncated"),
-    (LMError("lm.pt: truncated"), "lm.pt: truncated"),
-]
+OUT_OF_MEMORY = "out of memory; to train, lower --batch"
+MISHAPS = {
+    D.UserError("--mix 2: expected\n a share"): "--mix 2: expected a share",
+    MemoryError(): OUT_OF_MEMORY,
+    torch.OutOfMemoryError("CUDA out of memory. Tried"): OUT_OF_MEMORY,
+    RuntimeError("[enforce fail] can't allocate memory: you tried"): OUT_OF_MEMORY,
+    FileNotFoundError(2, "No such file or directory", "x.txt"): "x.txt: No such file or directory",
+    CodecError("codec.pt: truncated"): "codec.pt: truncated",
+    LMError("lm.pt: truncated"): "lm.pt: truncated",
+}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -817,7 +789,9 @@ def test_a_bug_keeps_its_traceback_and_what_the_user_can_mend_is_one_line(script
         with raises((ValueError, RuntimeError, OSError)) as caught:
             run_as_a_command(bug)
         assert not isinstance(caught.value, D.UserError)
-    for error, words in MISHAPS[: 6 if script == "train_codec.py" else 7]:  # which reads no language model
+    for error, words in MISHAPS.items():
+        if isinstance(error, LMError) and script == "train_codec.py":
+            continue  # it reads no language model
         with raises(SystemExit) as stop:
             run_as_a_command(lambda error=error: (_ for _ in ()).throw(error))
         assert stop.value.code == 2
@@ -845,16 +819,6 @@ def test_a_file_needs_none_of_the_others(name):
 # codec.py: the quantizer. The reference code has three known faults; these tests show that ours has none.
 
 
-def started_codebook(codebook_size=8, dim=4):
-    """A codebook in training mode, past its k-means start and the quick first steps of its averages."""
-    torch.manual_seed(0)
-    codebook = VectorQuantizer(codebook_size, dim).train()
-    codebook.inited.fill_(True)
-    codebook.is_inited = True
-    codebook.steps.fill_(10**6)
-    return codebook
-
-
 def test_latents_become_the_sum_of_nearest_codes_straight_through_with_a_commitment_on_every_stage():
     torch.manual_seed(0)
     quantizer, z, g = ResidualVQ(3, 16, 8).eval(), torch.randn(2, 5, 8), torch.randn(2, 5, 8)
@@ -871,29 +835,20 @@ def test_latents_become_the_sum_of_nearest_codes_straight_through_with_a_commitm
     assert_close(torch.autograd.grad(commitment, z)[0], sum(pulls))
 
 
-def test_after_the_k_means_start_averages_hold_counts_and_sums_and_codes_are_as_large_as_the_data():
+@pytest.mark.parametrize("steps", [0, 3, 10**6])
+def test_averages_begin_with_counts_and_sums_of_k_means_and_follow_their_closed_form(steps):
     torch.manual_seed(0)
-    x = 3 + torch.randn(1024, 8)
-    codebook = VectorQuantizer(16, 8).train()
+    x, codebook = 3 + torch.randn(1024, 8), VectorQuantizer(16, 8).train()
     codebook.dead_code_threshold = 0.0
-    codebook.kmeans_init(x)
-    assert codebook.cluster_size.sum() == 1024
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codebook, "update", quiet)
+        codebook(x)
+    assert codebook.inited and codebook.cluster_size.sum() == 1024
     assert_close(codebook.embed_sum, codebook.embed * codebook.cluster_size[:, None])
     assert_close(codebook.embed_sum.sum(0), x.sum(0), rtol=1e-3, atol=1e-3)
-    codebook = VectorQuantizer(16, 8).train()
-    codebook(x)  # the start and one update: means stored as sums would shrink the codebook by 64
-    assert 0.9 < codebook.embed.norm(dim=1).mean() / x.norm(dim=1).mean() < 1.1
-
-
-@pytest.mark.parametrize("steps", [0, 3, 10**6])
-def test_moving_average_follows_its_closed_form(steps):
-    codebook = started_codebook()
-    codebook.dead_code_threshold = 0.0
+    x, size, total = 3 + torch.randn(64, 8), codebook.cluster_size.clone(), codebook.embed_sum.clone()
+    chosen = F.one_hot(torch.cdist(x, codebook.embed).argmin(1), 16).float()  # (N, V)
     codebook.steps.fill_(steps)
-    codebook.cluster_size.uniform_(1, 5)
-    codebook.embed_sum.copy_(codebook.embed * codebook.cluster_size[:, None])
-    x, size, total = torch.randn(64, 4), codebook.cluster_size.clone(), codebook.embed_sum.clone()
-    chosen = F.one_hot(torch.cdist(x, codebook.embed).argmin(1), 8).float()  # (N, V)
     codebook(x)
     decay = min(0.99, (steps + 1) / (steps + 10))  # quick at first, then as slow as the paper's
     size = decay * size + (1 - decay) * chosen.sum(0)
@@ -905,7 +860,10 @@ def test_moving_average_follows_its_closed_form(steps):
 
 def test_a_dead_code_is_replaced_for_good_and_used_again_but_a_rare_one_is_not_dead():
     """With fewer vectors in a batch than codes, most codes are rarely used."""
-    codebook, x = started_codebook(256), torch.randn(64, 4)
+    torch.manual_seed(0)
+    codebook, x = VectorQuantizer(256, 4).train(), torch.randn(64, 4)
+    codebook.is_inited = True  # it is past its k-means start and the quick first steps of its averages
+    codebook.steps.fill_(10**6)
     codebook.cluster_size.fill_(0.25)
     codebook.embed_sum.copy_(codebook.embed * 0.25)
     codebook.embed[3], codebook.cluster_size[3], codebook.embed_sum[3] = 1000.0, 0.0, 0.0
@@ -1277,27 +1235,27 @@ def test_weights_of_8_bits_predict_nearly_the_same_whatever_the_batch(dtype, lm,
     assert torch.equal(frames[0], frames[1][:1])
 
 
-P = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])
+P, LIKELIEST = torch.tensor([[0.05, 0.4, 0.1, 0.3, 0.15], [0, 1, 0, 0, 0]])
 DRAWS = [
     ({}, P),
     ({"temperature": 0.5}, P**2),
     ({"top_k": 2}, P * torch.tensor([0, 1, 0, 1, 0])),
     ({"top_p": 0.75}, P * torch.tensor([0, 1, 0, 1, 1])),  # .4 + .3 is less than .75, one more is needed
+    ({"temperature": 0}, LIKELIEST),
+    ({"top_k": 1}, LIKELIEST),
+    ({"top_p": 1e-6}, LIKELIEST),
 ]
 
 
 @pytest.mark.parametrize("options, expected", DRAWS)
-def test_draws_follow_the_softmax_the_temperature_top_k_and_top_p(options, expected):
-    noise = torch.rand(40000, 1, 5, generator=torch.Generator().manual_seed(0))
-    drawn = sample_next(P.log().expand(40000, 1, 5), noise, **options)
-    share = torch.bincount(drawn[:, 0], minlength=5) / 40000
+def test_draws_follow_the_softmax_the_temperature_top_k_and_top_p_and_survive_the_ends_of_noise(
+    options, expected
+):
+    noise = torch.rand(20000, 2, 5, generator=torch.Generator().manual_seed(0))
+    drawn = sample_next(P.log().expand(20000, 2, 5), noise, **options)
+    share = torch.bincount(drawn.flatten(), minlength=5) / 40000
     assert_close(share, expected / expected.sum(), rtol=0, atol=0.012)
-
-
-@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 0}])
-def test_the_narrowest_choice_is_the_likeliest_code_and_the_ends_of_the_noise_are_harmless(options):
-    logp, noise = torch.randn(50, 3, 20), torch.rand(50, 3, 20)
-    assert torch.equal(sample_next(logp, noise, **options), logp.argmax(-1))
+    assert not share[expected == 0].any()
     for value in (0.0, 1.0):
         assert sample_next(torch.tensor([[[0.0, -1.0, -math.inf]]]), torch.full((1, 1, 3), value)).item() == 0
 
@@ -1329,19 +1287,15 @@ def test_a_prefix_is_continued_and_not_repeated(length, lm):
 
 
 def test_evidence_of_a_text_is_its_likelihood_over_that_of_no_text(lm):
-    codes, words, none = random_codes(20), TEXT.flip(0), torch.zeros_like(TEXT)
-    given, free = (
-        F.cross_entropy(lm(codes, text)[0].movedim(3, 1), codes, reduction="none") for text in (words, none)
-    )
+    codes, words, near = random_codes(20), TEXT.flip(0), {"rtol": 1e-4, "atol": 1e-3}
+    scores = [lm(codes, text)[0].log_softmax(-1).gather(-1, codes[..., None]) for text in (words, 0 * words)]
     evidence = lm.text_evidence(words, codes)
-    assert_close(evidence, (free - given).sum((1, 2)), rtol=1e-4, atol=1e-3)
-    assert_close(
-        lm.text_evidence(words[1:], codes[1:]), evidence[1:], rtol=1e-4, atol=1e-3
-    )  # whatever the company
-    assert_close(lm.text_evidence(words, codes, negative=words), torch.zeros(2), rtol=0, atol=1e-3)
+    assert_close(evidence, (scores[0] - scores[1]).sum((1, 2, 3)), **near)
+    assert_close(lm.text_evidence(words[1:], codes[1:]), evidence[1:], **near)  # whatever the company
+    assert_close(lm.text_evidence(words, codes, negative=words), torch.zeros(2), **near)
     longer = random_codes(44)  # two windows, of which the first is full
     windows = [lm.text_evidence(words, part) for part in longer.split(24, 2)]
-    assert_close(lm.text_evidence(words, longer), sum(windows), rtol=1e-4, atol=1e-3)
+    assert_close(lm.text_evidence(words, longer), sum(windows), **near)
 
 
 def test_lm_and_all_it_carries_survive_a_checkpoint(lm, codes, tokenizer, tmp_path):
