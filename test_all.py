@@ -1265,7 +1265,7 @@ def test_a_sound_depends_on_its_seed_and_a_negative_prompt_but_not_on_the_batch(
     assert not torch.equal(lm.generate(TEXT, 24, seeds=[5, 7], negative=TEXT.flip(0)), both)
 
 
-def test_output_may_be_longer_than_the_model_was_trained_for_and_comes_in_blocks(lm):
+def test_output_longer_than_the_model_was_trained_for_comes_in_blocks_and_prefixes_are_not_repeated(lm):
     blocks = list(lm.generate_stream(TEXT, 61, block_frames=10))
     codes = torch.cat(blocks, 2)
     assert codes.shape == (2, 2, 61) and 0 <= codes.min() and codes.max() < 1024
@@ -1273,14 +1273,10 @@ def test_output_may_be_longer_than_the_model_was_trained_for_and_comes_in_blocks
     assert torch.equal(codes[:, :, :24], lm.generate(TEXT, 24, block_frames=10))
     greedy = lm.generate(TEXT, 25, temperature=0, guidance=1)  # after 24 frames it goes on from the last 12
     assert torch.equal(greedy[:, :, 24], next_logits(lm, greedy[:, :, 12:24]).argmax(-1))
-
-
-@pytest.mark.parametrize("length", [5, 12, 40])
-def test_a_prefix_is_continued_and_not_repeated(length, lm):
-    prefix = random_codes(length, seed=1)
-    made = lm.generate(TEXT, 3, prefix=prefix, temperature=0, guidance=1)
-    assert made.shape == (2, 2, 3)
-    assert torch.equal(made[:, :, 0], next_logits(lm, prefix[:, :, -12:]).argmax(-1))
+    for prefix in (random_codes(length, seed=1) for length in (5, 12, 40)):
+        made = lm.generate(TEXT, 3, prefix=prefix, temperature=0, guidance=1)
+        assert made.shape == (2, 2, 3)
+        assert torch.equal(made[:, :, 0], next_logits(lm, prefix[:, :, -12:]).argmax(-1))
 
 
 def test_evidence_of_a_text_is_its_likelihood_over_that_of_no_text(lm):
@@ -1804,19 +1800,17 @@ def make(run, weights, tmp_path):
     return call
 
 
-def test_several_sounds_are_made_in_batches_each_by_its_own_seed(make, monkeypatch, tmp_path):
+def test_several_sounds_are_made_in_batches_each_by_its_own_seed_and_never_overwritten(
+    make, monkeypatch, tmp_path
+):
     prompts = write_text(tmp_path / "prompts.txt", "wind\n\nein Vögelchen\n")
     monkeypatch.setattr(sample, "batch_size", lambda *_: 2)
     several = make("--prompt", "rain", "--prompts", prompts, "--num_samples", 3, "--seed", 3)
     assert len(several) == 9 and len({wave.tobytes() for wave in several}) == 9
-    np.testing.assert_allclose(several[4], make("--prompt", "wind", "--seed", 4)[0], rtol=0, atol=1e-3)
-
-
-def test_no_run_overwrites_the_sounds_of_another(make, tmp_path):
-    for flags in ([], ["--guidance", 1]):
-        make("--prompt", "rain", *flags, "--out", tmp_path / "all")  # the last --out counts
-    names = sorted(path.name for path in tmp_path.glob("all/*.wav"))
-    assert names == ["000_rain_0.wav", "001_rain_0.wav"]
+    make("--prompt", "wind", "--seed", 4, "--out", tmp_path / "samples0")  # the last --out counts
+    *before, path = sorted(tmp_path.glob("samples0/*.wav"))
+    assert len(before) == 9 and path.name == "009_wind_4.wav"
+    np.testing.assert_allclose(soundfile.read(path)[0], several[4], rtol=0, atol=1e-3)
 
 
 def test_the_best_of_several_sounds_is_the_one_with_the_most_evidence(make, monkeypatch, capsys):
@@ -1835,16 +1829,13 @@ def test_words_that_no_caption_had_are_named_with_those_like_them(make, capsys):
     assert "'rain'" not in said and "'and'" in said
 
 
-def test_sample_obeys_negative_guidance_and_temperature(make):
-    flags = [[], ["--negative", "wind"], ["--guidance", 1], ["--temperature", 0], ["--seed", 1]]
-    assert len({make("--prompt", "rain", *some)[0].tobytes() for some in flags}) == len(flags)
-
-
-def test_a_recording_is_continued_with_or_without_words_and_written_before_it_if_asked(make, tmp_path):
-    flags = ["--continue_from", write_wav(tmp_path / "start.wav", hiss(0.32))]
-    waves = make("--prompt", "rain", *flags) + make(*flags) + make("--prompt", "rain")
-    assert len({wave.tobytes() for wave in waves}) == 3 and len(waves[0]) == len(waves[1]) == 0.32 * RATE
-    (kept,) = make("--prompt", "rain", *flags, "--keep_prefix")
+def test_sample_obeys_its_flags_and_continues_a_recording_with_or_without_words(make, tmp_path):
+    start = ["--continue_from", write_wav(tmp_path / "start.wav", hiss(0.32))]
+    flags = [start, [], ["--negative", "wind"], ["--guidance", 1], ["--temperature", 0], ["--seed", 1]]
+    waves = [make("--prompt", "rain", *some)[0] for some in flags] + make(*start)
+    assert len({wave.tobytes() for wave in waves}) == len(waves) == 7
+    assert {len(wave) for wave in waves} == {0.32 * RATE}
+    (kept,) = make("--prompt", "rain", *start, "--keep_prefix")  # before its continuation
     np.testing.assert_allclose(kept, np.concatenate([hiss(0.32), waves[0]]), rtol=0, atol=1e-4)
 
 
