@@ -28,6 +28,7 @@ import sys
 import time
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -49,7 +50,7 @@ from codec import Balancer, Codec, CodecConfig, CodecError, MelLoss, ResidualVQ,
 from lm import AudioLM, LMConfig, LMError, sample_next
 
 torch.set_num_threads(1)  # the models here are small: more threads would only wait for each other
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = Path(__file__).resolve().parent
 RATE, CPU = D.SAMPLE_RATE, torch.device("cpu")
 SCRIPTS = {f"{script.__name__}.py": script for script in (train_codec, train_lm, sample)}
 
@@ -61,6 +62,11 @@ train_codec.RECIPES["test"] |= {"disc_start": 0.34, "disc_filters": 2}
 train_lm.RECIPES["test"] = {"steps": 4, "batch": 2, "micro": 1, "lr": 4e-3, "vocab_size": 300}
 train_lm.RECIPES["test"] |= {"text_len": (8, 32), "dropout": 0.1, "shard": False}
 train_lm.SECONDS = 1
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
 
 
 def sine(frequency, seconds=1.0, rate=RATE, amplitude=0.5):
@@ -382,9 +388,12 @@ def test_names_are_found_as_data_sets_and_disks_write_them(tmp_path):
     assert found[0] == {"x/Abc4efgh1jk_30.wav": ["dog"]}
 
 
-SPLITS = """subset training testing train val|Split train-x test-x train val|is_test 0 1 train val|x train
-test train val|partition train valid_set train val|is_train True False train val|fold 1.0 2.0 - val|fold 5 5
-- -|split fold9 fold10 - val|set train dev train val|set dev eval train val|split test test val val"""
+SPLITS = """
+subset training testing -> train val   | Split train-x test-x -> train val | set train dev -> train val
+partition train valid_set -> train val | is_train True False -> train val  | set dev eval -> train val
+x train test -> train val              | is_test 0 1 -> train val          | split test test -> val val
+fold 1.0 2.0 -> - val                  | fold 5 5 -> - -                   | split fold9 fold10 -> - val
+"""  # a column's name and two of its cells
 FOLDERS = [
     ("", ["train/dog/1.wav", "test/dog/1.wav"], ["val", "train"]),
     ("", ["train/dog/1.wav", "valid/cat/1.wav"], ["train", "val"]),
@@ -397,8 +406,8 @@ FOLDERS = [
 
 
 def test_splits_are_columns_or_names_of_tables_or_folders_whose_siblings_are_splits(tmp_path):
-    for case in SPLITS.split("|"):
-        column, first, second, *splits = case.split()
+    for case in re.split(r"[|\n]", SPLITS.strip()):
+        column, first, second, _, *splits = case.split()
         table = f"path,caption,{column}\na.wav,rain falls,{first}\nb.wav,wind blows,{second}\n"
         found = read(tmp_path, ["a.wav", "b.wav"], table)[1].values()
         assert [split or "-" for split in found] == splits
@@ -465,14 +474,13 @@ def test_damaged_tables_end_in_an_error_of_the_user_or_not_at_all(tmp_path):
 def test_tables_of_something_else_and_other_formats_of_a_clip_are_named_and_not_read(tmp_path):
     captions, credits = "path,caption\ndog/a.wav,rain falls\n", "path,author,site\ndog/a.wav,Ann,Home\n"
     cases = [
-        ({"clips.csv": captions, "CREDITS.csv": credits}, ["dog/a.wav"], {"dog/a.wav": ["rain falls"]}),
-        ({"readings.csv": "city,degrees\nRome,31\nOslo,12\n"}, ["dog/a.wav"], {"dog/a.wav": ["dog"]}),
-        ({}, ["dog/a.wav", "dog/a.flac"], {"dog/a.wav": ["dog"]}),
+        ("CREDITS.csv", {"clips.csv": captions, "CREDITS.csv": credits}, ["dog/a.wav"], "rain falls"),
+        ("readings.csv", {"readings.csv": "city,degrees\nRome,31\nOslo,12\n"}, ["dog/a.wav"], "dog"),
+        ("a.flac", {}, ["dog/a.wav", "dog/a.flac"], "dog"),
     ]
-    for i, unread in enumerate(["CREDITS.csv", "readings.csv", "a.flac"]):
-        files, sounds, expected = cases[i]
-        found, _, log = read(tmp_path / str(i), sounds, files, "")
-        assert found == expected and unread in log
+    for unread, files, sounds, caption in cases:
+        found, _, log = read(tmp_path / unread, sounds, files, "")
+        assert found == {"dog/a.wav": [caption]} and unread in log
 
 
 def test_nothing_is_listed_by_the_thousand(tmp_path):
@@ -650,13 +658,14 @@ def test_batches_depend_on_the_generator_alone_and_draw_one_of_several_captions(
     assert {crop.caption for crop in several.batch(50, 100, rng())} == {"one", "two", "three"}
 
 
-def test_a_crop_says_where_in_its_clip_it_begins_and_holds_all_of_a_short_one(tmp_path):
-    data = audio_data(tmp_path, ("long.wav", hiss(0.5), "rain"), ("short.wav", hiss(0.05), "wind"))
-    data.train, data.sources = data.clips, [(np.ones(2), 1.0)]
-    for length in (1000, 10000):
-        crops = data.batch(60, length, rng())
-        assert len({crop.begin for crop in crops}) > 40
-        for crop in crops:
+def test_a_crop_knows_its_place_and_a_short_clip_is_drawn_whole_and_as_often_as_if_it_filled_one(tmp_path):
+    data = audio_data(tmp_path, ("long.wav", hiss(0.9), "rain"), ("short.wav", hiss(0.1), "knock"))
+    data.train, data.sources = data.clips, [(np.array([clip.length for clip in data.clips]), 1.0)]
+    for length, share in ((100, 0.1), (RATE * 3 // 10, 0.25), (RATE, 0.5)):
+        crops = data.batch(2000, length, rng())
+        assert [crop.caption for crop in crops].count("knock") / 2000 == approx(share, abs=0.045)
+        assert len({crop.begin for crop in crops[:60]}) > 40
+        for crop in crops[:60]:
             padded = np.pad(crop.clip.samples / 32767, length).astype(np.float32)
             assert_close(crop.wave, torch.from_numpy(padded[length + crop.begin :][:length]))
             assert -length // 10 <= crop.begin <= max(0, crop.clip.length - length)
@@ -667,14 +676,6 @@ def test_silent_and_too_quiet_crops_are_drawn_again(quiet_part, min_level, limit
     data = audio_data(tmp_path, ("a.wav", np.concatenate([quiet_part * hiss(2), hiss(1)]), "rain"))
     crops = data.batch(50, 1000, rng(), min_level=min_level)  # two places in three are too quiet
     assert sum(crop.wave.abs().max().item() > limit for crop in crops) >= 48
-
-
-def test_a_short_clip_is_drawn_as_often_as_if_it_filled_a_crop(tmp_path):
-    data = audio_data(tmp_path, ("long.wav", hiss(0.9), "rain"), ("short.wav", hiss(0.1), "knock"))
-    data.train, data.sources = data.clips, [(np.array([clip.length for clip in data.clips]), 1.0)]
-    for length, share in ((100, 0.1), (RATE * 3 // 10, 0.25), (RATE, 0.5)):
-        captions = [crop.caption for crop in data.batch(2000, length, rng())]
-        assert captions.count("knock") / 2000 == approx(share, abs=0.045)
 
 
 @pytest.mark.parametrize("silence", [0, 0.03, 0.5, 1.7])
@@ -743,7 +744,6 @@ def test_a_cpu_uses_the_threads_asked_for_or_one_where_that_is_faster(asked, slo
 
 @pytest.mark.parametrize("shape", [(12, 40), (40, 12), (16, 16)])
 def test_muon_takes_the_steps_of_pytorchs_own(shape, monkeypatch):
-    torch.manual_seed(0)
     monkeypatch.setattr(D, "fast_dtype", lambda device: torch.float32)
     first = torch.randn(shape)
     ours, theirs = (torch.nn.Parameter(first.clone()) for _ in range(2))
@@ -788,7 +788,7 @@ def test_a_bug_keeps_its_traceback_and_what_the_user_can_mend_is_one_line(script
     def run_as_a_command(action):  # which happens inside main()
         monkeypatch.setattr(D, "pick_device", action)
         monkeypatch.setattr(sys, "argv", [script] + ["--prompt", "rain"] * (script == "sample.py"))
-        runpy.run_path(os.path.join(HERE, script), run_name="__main__")
+        runpy.run_path(str(HERE / script), run_name="__main__")
 
     for bug in BUGS:
         with raises((ValueError, RuntimeError, OSError)) as caught:
@@ -812,8 +812,8 @@ def test_a_folder_that_cannot_be_locked_is_used_all_the_same(tmp_path, monkeypat
 
 @pytest.mark.parametrize("name", ["codec", "lm", "data"])
 def test_a_file_needs_none_of_the_others(name):
-    with open(os.path.join(HERE, f"{name}.py"), encoding="utf-8") as file:
-        imported = re.findall(r"^(?:import|from) (\w+)(?=[\w.]*$|[\w.]* import | as )", file.read(), re.M)
+    code = (HERE / f"{name}.py").read_text(encoding="utf-8")
+    imported = re.findall(r"^(?:import|from) (\w+)(?=[\w.]*$|[\w.]* import | as )", code, re.M)
     allowed = {"torch", "numpy", "soundfile", "sentencepiece", "tqdm"} if name == "data" else {"torch"}
     assert set(imported) <= allowed | sys.stdlib_module_names
 
@@ -823,7 +823,6 @@ def test_a_file_needs_none_of_the_others(name):
 
 
 def test_latents_become_the_sum_of_nearest_codes_straight_through_with_a_commitment_on_every_stage():
-    torch.manual_seed(0)
     quantizer, z, g = ResidualVQ(3, 16, 8).eval(), torch.randn(2, 5, 8), torch.randn(2, 5, 8)
     z.requires_grad_()
     z_q, codes, commitment = quantizer(z)
@@ -840,7 +839,6 @@ def test_latents_become_the_sum_of_nearest_codes_straight_through_with_a_commitm
 
 @pytest.mark.parametrize("steps", [0, 3, 10**6])
 def test_averages_begin_with_counts_and_sums_of_k_means_and_follow_their_closed_form(steps):
-    torch.manual_seed(0)
     x, codebook = 3 + torch.randn(1024, 8), VectorQuantizer(16, 8).train()
     codebook.dead_code_threshold = 0.0
     with pytest.MonkeyPatch.context() as patch:
@@ -863,7 +861,6 @@ def test_averages_begin_with_counts_and_sums_of_k_means_and_follow_their_closed_
 
 def test_a_dead_code_is_replaced_for_good_and_used_again_but_a_rare_one_is_not_dead():
     """With fewer vectors in a batch than codes, most codes are rarely used."""
-    torch.manual_seed(0)
     codebook, x = VectorQuantizer(256, 4).train(), torch.randn(64, 4)
     codebook.is_inited = True  # it is past its k-means start and the quick first steps of its averages
     codebook.steps.fill_(10**6)
@@ -909,7 +906,6 @@ def test_mel_loss_is_its_formula_and_moves_the_estimate_only():
 
 
 def test_hinge_and_feature_losses_are_their_formulas():
-    torch.manual_seed(0)
     real, fake = ([2 * torch.randn(2, 1, 3, n, requires_grad=True) for n in (4, 7)] for _ in range(2))
     pairs = [(r.detach().numpy(), f.detach().numpy()) for r, f in zip(real, fake)]
     hinge = np.mean([np.maximum(0, 1 - r).mean() + np.maximum(0, 1 + f).mean() for r, f in pairs])
@@ -923,7 +919,6 @@ def test_hinge_and_feature_losses_are_their_formulas():
 
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
 def test_balancer_gives_each_loss_its_share_whatever_its_scale(scale):
-    torch.manual_seed(0)
     decay, a, b = 0.9, torch.randn(2, 3, 50), torch.randn(2, 3, 50)  # gradients: steps, clips, samples
     a[:, 0] *= 5  # a clip whose gradient is above the average
     balancer, norms = Balancer(["a", "b", "none"], decay), []
@@ -1004,7 +999,6 @@ def test_what_is_quieter_than_four_steps_of_a_16_bit_file_decodes_to_silence():
 @pytest.mark.parametrize("loudness", [0.1, 0.001])
 def test_an_untrained_codec_already_tells_frames_apart_however_quiet(loudness):
     """Where all frames look alike at first, they may do so for ever: the codebooks collapse."""
-    torch.manual_seed(0)
     wave = loudness * torch.randn(1, 8000) * torch.sin(torch.linspace(0, 20, 8000))
     z = Codec(CodecConfig(4, "tiny")).latents(wave)
     assert z.std(1).square().mean() > 0.3 * z.square().mean()
@@ -1050,7 +1044,6 @@ def test_decoding_in_pieces_equals_decoding_the_whole(streams, chunks, codecs):
 
 
 def test_only_training_mode_changes_the_codebooks():
-    torch.manual_seed(0)
     codec, wave = Codec(CodecConfig(4, "test")), hisses(0.5)
     before = copy.deepcopy(codec.state_dict())
     codec.eval()(wave)
@@ -1133,7 +1126,6 @@ CODES = random_codes()
 
 
 def small_lm(size="test"):
-    torch.manual_seed(0)
     return AudioLM(LMConfig(2, size, vocab_size=50, max_text_len=8, max_frames=24)).eval()
 
 
@@ -1245,9 +1237,7 @@ DRAWS = [
 
 
 @pytest.mark.parametrize("options, expected", DRAWS)
-def test_draws_follow_the_softmax_the_temperature_top_k_and_top_p_and_survive_the_ends_of_noise(
-    options, expected
-):
+def test_draws_follow_softmax_temperature_top_k_and_top_p_and_survive_the_ends_of_noise(options, expected):
     noise = torch.rand(20000, 2, 5, generator=torch.Generator().manual_seed(0))
     drawn = sample_next(P.log().expand(20000, 2, 5), noise, **options)
     share = torch.bincount(drawn.flatten(), minlength=5) / 40000
@@ -1332,7 +1322,6 @@ def test_learning_rates_rise_fall_and_end_at_nothing():
 
 @pytest.fixture
 def training():
-    torch.manual_seed(0)
     return train_codec.Training(CodecConfig(4, "test"), dict(train_codec.RECIPES["test"]), CPU)
 
 
@@ -1629,9 +1618,7 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(stop, run, m
     assert_same_run(made.out, tmp_path / "out", name)
 
 
-def test_finished_runs_go_on_for_more_steps_and_the_next_command_names_their_data(
-    run, made, clips, tmp_path, capsys
-):
+def test_finished_runs_go_on_and_the_next_command_names_their_data(run, made, clips, tmp_path, capsys):
     shutil.copytree(made.out, "out")
     script, flags = train_codec, ["--data", clips]
     while script is not sample:
@@ -1713,15 +1700,13 @@ def start(script, *args, cwd, torchrun=False):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # works on a machine without a network, too
-    command += [os.path.join(HERE, script), *map(str, args)]
+    command += [str(HERE / script), *map(str, args)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, timeout=240)
 
 
-def test_two_processes_train_the_models_of_one_and_resume_their_shards_of_optimizers(
-    clips, made, tmp_path, monkeypatch
-):
+def test_two_processes_train_the_models_of_one_and_resume_their_shards(clips, made, tmp_path, monkeypatch):
     """Equal within rounding at an equal batch, through the step at which the discriminator enters."""
-    code = f"import sys\nsys.path.insert(0, {HERE!r})\nfrom test_all import in_two_processes\n"
+    code = f"import sys\nsys.path.insert(0, {str(HERE)!r})\nfrom test_all import in_two_processes\n"
     driver = write_text(tmp_path / "two" / "driver.py", code + "in_two_processes(*sys.argv[1:])\n")
     done = start(driver, clips, made.out / "codec.pt", cwd=tmp_path / "two", torchrun=True)
     assert done.returncode == 0, done.stderr.decode()[-6000:]
@@ -1800,9 +1785,7 @@ def make(run, weights, tmp_path):
     return call
 
 
-def test_several_sounds_are_made_in_batches_each_by_its_own_seed_and_never_overwritten(
-    make, monkeypatch, tmp_path
-):
+def test_several_sounds_are_made_in_batches_each_by_its_seed_and_none_is_lost(make, monkeypatch, tmp_path):
     prompts = write_text(tmp_path / "prompts.txt", "wind\n\nein Vögelchen\n")
     monkeypatch.setattr(sample, "batch_size", lambda *_: 2)
     several = make("--prompt", "rain", "--prompts", prompts, "--num_samples", 3, "--seed", 3)
@@ -1874,9 +1857,8 @@ def test_the_weights_that_ship_stream_a_wav_to_stdout_and_nothing_else(tmp_path)
     (path,) = tmp_path.glob("samples/*.wav")
     wave, _ = soundfile.read(path)
     assert done.stdout.startswith(b"RIFF") and len(done.stdout) == 44 + 2 * len(wave) == 44 + 0.8 * RATE
-    shipped = os.path.join(HERE, "pretrained")
     assert wave.std() > 1e-3
-    assert sum(os.path.getsize(os.path.join(shipped, name)) for name in os.listdir(shipped)) < 40e6
+    assert sum(path.stat().st_size for path in (HERE / "pretrained").iterdir()) < 40e6
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1946,21 +1928,18 @@ def precious(made, weights, tmp_path_factory):
     write_table(folder / "silence", ("a.wav", np.zeros(1600, np.float32), "rain"))
     for kind in ("no_samples", "not_a_number"):
         BAD_SOUNDS[kind](folder / f"{kind}.wav")
-    for name in ("hollow", "old"):
-        os.makedirs(folder / name)
-    shutil.copy(made.out / "codec.pt", folder / "old")
+    (folder / "hollow").mkdir()
+    lay_out(folder, [], {"old/codec.pt": (made.out / "codec.pt").read_bytes()})
     for name in ("codec", "lm"):
         torch.save({"kind": f"nanoaudiogen {name} training"}, folder / "old" / f"{name}_train.pt")
     BAD_CHECKPOINTS["truncated"](folder / "bad.pt")
-    texts = {"file": b"", "notes.pdf": b"words", "wordless.csv": b"length\n3\n"}
-    texts |= {"latin1.txt": b"Gr\xfc\xdfe", "long.txt": b"a dog barks " * 99}
-    for name, content in texts.items():
-        (folder / name).write_bytes(content)
+    texts = {"file": "", "notes.pdf": "words", "wordless.csv": "length\n3\n"}
+    lay_out(folder, [], texts | {"latin1.txt": b"Gr\xfc\xdfe", "long.txt": "a dog barks " * 99})
     return folder, {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("command, words", CASES, ids=[command for command, _ in CASES])
-def test_refused(command, words, run, precious, clips, monkeypatch, capsys):
+def test_bad_input_is_refused_and_nothing_is_lost(command, words, run, precious, clips, monkeypatch, capsys):
     folder, before = precious
     monkeypatch.chdir(folder)
     monkeypatch.setattr(D, "SOUNDS", clips)
@@ -1983,8 +1962,8 @@ def test_refused(command, words, run, precious, clips, monkeypatch, capsys):
 
 def test_the_walk_through_the_code_names_what_is_there():
     modules = {script.__name__: script for script in (D, codec_py, lm_py, train_codec, train_lm, sample)}
-    with open(os.path.join(HERE, "HOW_IT_WORKS.md"), encoding="utf-8") as file:
-        names = re.findall(rf"`((?:{'|'.join(modules)})\.(?!py)[\w.]+)`", file.read())
+    text = (HERE / "HOW_IT_WORKS.md").read_text(encoding="utf-8")
+    names = re.findall(rf"`((?:{'|'.join(modules)})\.(?!py)[\w.]+)`", text)
     assert len(names) > 30
     for module, *path in (name.split(".") for name in names):
         assert functools.reduce(getattr, path, modules[module])
