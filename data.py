@@ -6,9 +6,6 @@
 
 AudioGen (arXiv 2209.15352): the sentence made of tags is section 4.1, the mixing augmentation section 3.2.
 This file needs the five packages alone and can be copied into another project.
-
-The rooms, in the order in which data flows: audio files; tables and folders; preparation; crops and mixing;
-the tokenizer; and what the three scripts share.
 """
 
 import argparse
@@ -127,13 +124,6 @@ def resample(x: torch.Tensor, rate_in: int, rate_out: int) -> torch.Tensor:
     return y if x.dim() == 2 else y[0]
 
 
-def to_mono(block: np.ndarray) -> np.ndarray:
-    """Samples (T, channels) to their mean (T,), or to the first channel where the mean cancels out."""
-    mono = block.mean(1, dtype=np.float32)
-    cancelled = np.square(mono).mean() < 1e-4 * np.square(block).mean()  # two channels of opposite sign
-    return block[:, 0].copy() if cancelled else mono
-
-
 def decode_blocks(file: soundfile.SoundFile) -> Iterator[torch.Tensor]:
     """An open sound file as mono blocks (1, T) at its own rate; blocks, since a header may lie on length."""
     while True:
@@ -142,7 +132,10 @@ def decode_blocks(file: soundfile.SoundFile) -> Iterator[torch.Tensor]:
             return
         if not np.isfinite(block).all():
             raise UserError("contains NaN or infinite samples")
-        yield torch.from_numpy(to_mono(block))[None]
+        mono = block.mean(1, dtype=np.float32)
+        if np.square(mono).mean() < 1e-4 * np.square(block).mean():  # two channels of opposite sign
+            mono = block[:, 0].copy()
+        yield torch.from_numpy(mono)[None]
 
 
 def read_blocks(path: str) -> Iterator[torch.Tensor]:
@@ -520,15 +513,14 @@ def csv_table(path: str, text: str) -> Table:
 
 def looks_headless(rows: list[list[str]]) -> bool:
     """Is the first row data already? Then it holds a number, a file, a sentence, or an id as below."""
+    first = [cell for row in rows[:1] for cell in row if cell]
+    if first == [str(i) for i in range(len(first))]:  # pandas calls nameless columns 0, 1, ...
+        return False
     below = {re.sub(r"\d", "0", cell) for row in rows[1:] for cell in row}
-    filled = [cell for row in rows[:1] for cell in row if cell]
-    numbered = filled == [str(i) for i in range(len(filled))]  # pandas calls nameless columns 0, 1, ...
-    for cell in filled:
+    for cell in first:
         shape = re.sub(r"\d", "0", cell)
         number_or_id = re.fullmatch(r"-?0+(\.0+)?", shape) or (shape in below and shape != cell)
-        if stem(cell) != cell or len(cell) > 60:
-            return True
-        if number_or_id and not numbered:
+        if number_or_id or stem(cell) != cell or len(cell) > 60:
             return True
     return False
 
@@ -635,9 +627,9 @@ class Sounds:
     def find(self, name: str, table: Table, i: int) -> list[str]:
         """The sounds of this name. Of clips from one film, row i of the table holds where they begin."""
         key = name_key(name)
-        for one in (key, key.casefold()):
-            if one in self.index:
-                return self.index[one]
+        found = self.index.get(key) or self.index.get(key.casefold())
+        if found:
+            return found
         # 'barking-dog.wav' has as many letters as a film's id.
         may_be_id = key == name or (re.search(r"\d", key) and not is_words(key))
         clips = self.clips.get(key, []) if may_be_id else []
@@ -709,18 +701,23 @@ def places_of(cell: tuple[str, str], table: Table, i: int, sounds: Sounds) -> li
 
     If there is a sounds/dog/1.wav, 'x/dog/1' may mean it: the folder x is ignored, the base is sounds. The
     same name with the same extension comes first."""
+
+    def upwards(folder: str) -> list[str]:
+        """Its folders as they are compared, the deepest first."""
+        return [name_key(part).casefold() for part in reversed(folder.split("/")) if part]
+
     folder, name = cell
     found = sounds.find(name, table, i) if name else []
-    wanted = [name_key(part).casefold() for part in reversed(folder.split("/")) if part] if found else []
+    wanted = upwards(folder) if found else []
     places = []
     for path in found:
-        there = path.split("/")[:-1]
-        same = len(os.path.commonprefix([wanted, [name_key(part).casefold() for part in reversed(there)]]))
-        ignored, base = wanted[same:], there[: len(there) - same]
-        above = {name_key(part).casefold() for part in base}
+        there = upwards(os.path.dirname(path))
+        same = len(os.path.commonprefix([wanted, there]))
+        ignored, above = wanted[same:], there[same:]
         # 'audio/dog/1' is not audio/cat/1.wav: what both lie in does not count where the next folder differs
-        if not ignored or ignored[0] in above or above.isdisjoint(ignored):
-            places.append((len(ignored), "/".join(base), path))
+        if not ignored or ignored[0] in above or set(above).isdisjoint(ignored):
+            base = "/".join(path.split("/")[: len(above)])
+            places.append((len(ignored), base, path))
     places.sort(key=lambda place: (place[0], os.path.basename(place[2]) != name))
     return [place for place in places if place[0] == places[0][0]]
 
@@ -885,13 +882,12 @@ def rank_words(table: Table, taken: set) -> dict[str, int]:
 
     A column whose name says nothing, and whose cells all say the same, is a remark, not a caption."""
     ranks = {}
-    of_animals = len(RANKS.intersection(map(family, table.columns))) > 1
+    animals = len(RANKS.intersection(map(family, table.columns))) > 1
     for name, cells in table.columns.items():
         if name in taken or re.fullmatch(ABOUT, family(name)) or not holds_words(cells):
             continue
-        fitting = [i for i, pattern in enumerate(PATTERNS) if re.fullmatch(pattern, family(name))]
-        if of_animals and family(name) == "class":
-            fitting = []
+        known = [] if animals and family(name) == "class" else PATTERNS
+        fitting = [i for i, pattern in enumerate(known) if re.fullmatch(pattern, family(name))]
         if fitting or not is_constant(cells):
             ranks[name] = min(fitting, default=len(PATTERNS))
     return ranks
@@ -1127,17 +1123,13 @@ def refuse_unread_words(sounds: Sounds, paths: list[str], others: list[str], cla
             read_text(full, [])  # its error says what to do with it
         if kind_of(path) not in TABLES | {".txt", ".lst"}:
             continue
-        if (split_word(name) or "split" in name) and mentions(full, sounds):
-            what = f"{path} seems to list a split"  # testing_list.txt
-            raise UserError(f"{sounds.root}: {what}; save a table of path, label and split")
+        if split_word(name) or "split" in name:  # testing_list.txt
+            listed_names = map(name_key, re.split(r"[\s,;|\"'/\\]+", read_text(full, [])))
+            if not sounds.index.keys().isdisjoint(listed_names):
+                what = f"{path} seems to list a split"
+                raise UserError(f"{sounds.root}: {what}; save a table of path, label and split")
         if has_words:
             raise UserError(f"{sounds.root}: {path} is not understood; python data.py {path} says why")
-
-
-def mentions(path: str, sounds: Sounds) -> bool:
-    """Does a text hold the name of one of the sounds?"""
-    words = re.split(r"[\s,;|\"'/\\]+", read_text(path, []))
-    return any(name_key(word) in sounds.index for word in words)
 
 
 def folder_entries(folder: str, flags: Flags, notes: list) -> list[Entry]:
@@ -1361,19 +1353,9 @@ def read_prepared(folder: str) -> tuple[list[str], list[Clip]]:
 
 # Eight pairs of everyday sounds that no training example joins: a model that can play them together has
 # learnt to compose. Each of these categories has plenty of clips in sounds/ to be learnt from alone.
-HELD_OUT_PAIRS = {
-    frozenset(pair)
-    for pair in (
-        ("dog", "clock tick"),
-        ("dog", "sea waves"),
-        ("rain", "baby cry"),
-        ("fire", "helicopter"),
-        ("bird", "chainsaw"),
-        ("rooster", "sea waves"),
-        ("rooster", "helicopter"),
-        ("sneeze", "footsteps"),
-    )
-}
+PAIRS = "dog & clock tick, dog & sea waves, rain & baby cry, fire & helicopter, bird & chainsaw"
+PAIRS += ", rooster & sea waves, rooster & helicopter, sneeze & footsteps"
+HELD_OUT_PAIRS = {frozenset(pair.split(" & ")) for pair in PAIRS.split(", ")}
 
 
 def mix(a: torch.Tensor, b: torch.Tensor, snr_db: float, offset: int) -> torch.Tensor:
