@@ -764,15 +764,14 @@ def is_chance(column: str, names: list[str], paths: list[str], exact: int, sound
     """May it be chance that a column's names are those of sounds? It is none if most rows have their sound
     or, but for mere numbers, most sounds have a row."""
     found = set(paths) - {""}
-    numbers = [stem(os.path.basename(path)) for path in found] if not exact else []
-    numbers = numbers if all(map(str.isdecimal, numbers)) else []
+    stems = [stem(os.path.basename(path)) for path in found]
+    numbers = not exact and all(map(str.isdecimal, stems))
     if numbers and re.fullmatch("|id|index|idx|number|unnamed", family(column)):
         # A few ids that begin at 0 or 1 number something else than the many sounds there, such as classes.
-        if max(map(int, numbers)) <= len(found) and 2 * len(found) <= len(sounds.paths):
+        if max(map(int, stems)) <= len(found) and 2 * len(found) <= len(sounds.paths):
             return True
-    if 2 * sum(map(bool, paths)) >= sum(map(bool, names)):
-        return False
-    return bool(numbers) or sounds.share(found) < 0.5
+    most_rows = 2 * sum(map(bool, paths)) >= sum(map(bool, names))
+    return not most_rows and (numbers or sounds.share(found) < 0.5)
 
 
 def match_column(table: Table, column: str, sounds: Sounds, given: bool) -> Match | None:
@@ -950,7 +949,7 @@ def check_rows(table: Table, match: Match):
             raise UserError(f"{table.path}: {what}; cut the files there, or drop that column")
     place = list(table.columns).index(match.column)
     for cell in itertools.chain(*table.columns.values()) if table.delimiter else []:
-        for line in cell.split("\n")[1:] if "\n" in cell else []:
+        for line in cell.split("\n")[1:]:
             name = split_path((line.split(table.delimiter) + [""] * place)[place])[1]
             if stem(name) != name or name_key(name) in match.sounds.index:
                 raise UserError(f"{table.path}: a quote is not closed before the row of {name!r}; close it")
@@ -1058,10 +1057,10 @@ def beside_table(sounds: Sounds, paths: list[str], notes: list) -> Table:
         except (UserError, ValueError, TypeError) as why:
             notes.append(("the text beside it cannot be read", f"{path} ({why})"))
         rows.append(row)
-    if not all(row.get("captions of events") for row in rows):  # of some sounds: then other words say more
-        for row in rows:
-            row.pop("captions of events", None)
-    return rows_table(os.path.join(sounds.root, ""), rows)
+    table = rows_table(os.path.join(sounds.root, ""), rows)
+    if not all(table.columns.get("captions of events", [])):  # of some sounds: then other words say more
+        del table.columns["captions of events"]
+    return table
 
 
 def numbered_folders(paths: Iterable[str]) -> set[str]:
@@ -1164,14 +1163,13 @@ def class_entries(
     no_classes = {*folder_splits(paths), *numbered_folders(paths)}
     classes = [class_of(path, no_classes) for path in paths]
     refuse_unread_words(sounds, paths, others, any(classes))
-    for path in others:
-        if kind_of(path) in OTHER_MEDIA:
-            notes.append(("not read; ffmpeg -i X.m4a X.wav makes it readable", path))
+    unread = "not read; ffmpeg -i X.m4a X.wav makes it readable"
+    notes += [(unread, path) for path in others if kind_of(path) in OTHER_MEDIA]
     if not any(classes):
         what = f"no usable sound among {len(classes)}; expected clip.txt beside clip.wav, folders of classes"
         raise UserError(f"{sounds.root}: {what}, or a table; if it lies elsewhere, give it as the source")
-    where = f"{sounds.root}: no table of sounds and no texts"
-    notes.append(("", f"{where}, so the names of folders are categories"))
+    what = "no table of sounds and no texts, so the names of folders are categories"
+    notes.append(("", f"{sounds.root}: {what}"))
     table = Table(sounds.root, {"path": paths, "category": classes})
     return join_rows(table, Match("path", sounds, paths), flags, notes)
 
@@ -1284,11 +1282,10 @@ def without_opening_silence(blocks: Iterator[torch.Tensor]) -> Iterator[torch.Te
     Files are padded with silence; a model would learn that its word begins so, and stay silent."""
     before = torch.zeros(0)
     for block in blocks:
-        heard = (block.abs() >= SILENCE).nonzero()
         before = torch.cat((before, block))
+        heard = (before.abs() >= SILENCE).nonzero()
         if len(heard):
-            first = len(before) - len(block) + heard[0].item()
-            yield before[max(0, first - SAMPLE_RATE // 20) :]
+            yield before[max(0, heard[0].item() - SAMPLE_RATE // 20) :]
             break
         before = before[-(SAMPLE_RATE // 20) :]
     yield from blocks
@@ -1403,11 +1400,8 @@ class AudioData:
     their mere length, doors and knocks would hardly ever be heard beside rain."""
 
     def __init__(self, sources: list[str], folder: str, log: Callable = print, **columns):
-        parts, weights = [], []
-        for source in sources:
-            source, weight = split_weight(source)
-            parts.append(prepare(source, folder, log, **columns))
-            weights.append(weight)
+        names, weights = zip(*map(split_weight, sources))
+        parts = [prepare(name, folder, log, **columns) for name in names]
         choose_splits(parts)
         self.clips = [clip for part in parts for clip in part]
         self.train = [clip for clip in self.clips if clip.split != "val"]
@@ -1514,14 +1508,15 @@ def mixtures(clips: list[Clip], length: int, held_out: bool, n: int, seed: int =
     pairs = [p for p in itertools.permutations(names, 2) if (frozenset(p) in HELD_OUT_PAIRS) == held_out]
     rng, made = np.random.default_rng(seed), []
     for _ in range(n if pairs and len(names) > 2 else 0):
-        pair = pairs[rng.integers(len(pairs))]
+        pair = pick(pairs, rng)
         absent = [name for name in names if name not in pair]
-        first, second, wrong = (pick(by_name[name], rng) for name in (*pair, pick(absent, rng)))
+        first, second, other = (pick(by_name[name], rng) for name in (*pair, pick(absent, rng)))
         offset = int(rng.integers(-(length // 4), length // 4 + 1))
         wave = mix(read_crop(first, length), read_crop(second, length), rng.uniform(-5, 5), offset)
-        spoken, exchanged = [first, second], [first, second]
-        exchanged[rng.integers(2)] = wrong
-        made.append((wave, *(" and ".join(c.captions[0] for c in two) for two in (spoken, exchanged))))
+        said = [first.captions[0], second.captions[0]]
+        true = " and ".join(said)
+        said[rng.integers(2)] = other.captions[0]
+        made.append((wave, true, " and ".join(said)))
     return made
 
 
@@ -1558,21 +1553,11 @@ class Tokenizer:
         """Learn about `vocab_size` pieces from captions: fewer if these are few, but always all 256 bytes."""
         lines = sorted({" ".join(caption.split())[:1000] for caption in captions})
         model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=model,
-            model_type="bpe",
-            byte_fallback=True,
-            vocab_size=max(vocab_size, 300),
-            hard_vocab_limit=False,
-            normalization_rule_name="nmt_nfkc_cf",
-            pad_id=0,
-            unk_id=1,
-            bos_id=2,
-            eos_id=3,
-            num_threads=1,
-            minloglevel=2,
-        )
+        options = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "nmt_nfkc_cf"}
+        options |= {"vocab_size": max(vocab_size, 300), "hard_vocab_limit": False}
+        options |= {"pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3, "num_threads": 1, "minloglevel": 2}
+        options |= {"sentence_iterator": iter(lines), "model_writer": model}
+        sentencepiece.SentencePieceTrainer.train(**options)
         return cls(zlib.crc32(model.getvalue()).to_bytes(4, "little") + model.getvalue())
 
     def batch(self, captions: list[str], max_len: int) -> torch.Tensor:
@@ -1628,13 +1613,9 @@ def recall_flags(args, saved: dict) -> dict:
     if args.data:  # of other data, other columns
         before = {name: value for name, value in before.items() if name not in COLUMN_FLAGS}
     defaults = {"data": [SOUNDS], "batch": None, "seed": 0, "mix": 0.5} | dict.fromkeys(COLUMN_FLAGS)
-    flags = {}
-    for name, default in defaults.items():
-        typed = vars(args).get(name)
-        value = before.get(name) if typed is None else typed
-        if value is not None:
-            flags[name] = value
-        vars(args)[name] = default if value is None else value
+    typed = {name: value for name, value in vars(args).items() if value is not None}
+    flags = {name: value for name, value in (before | typed).items() if name in defaults}
+    vars(args).update(defaults | flags)
     return flags
 
 
@@ -1899,7 +1880,6 @@ class Stopper:
             signal.signal(number, self.catch)
 
     def catch(self, number, frame):
-        """The signal handler."""
         if self.signal:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number).name
