@@ -631,8 +631,7 @@ class Sounds:
         if found:
             return found
         # 'barking-dog.wav' has as many letters as a film's id.
-        may_be_id = key == name or (re.search(r"\d", key) and not is_words(key))
-        clips = self.clips.get(key, []) if may_be_id else []
+        clips = self.clips.get(key, []) if key == name or not is_words(key) else []
         cells = [str(column[i]).strip() for column in table.columns.values()] if clips else []
         numbers = {float(cell) for cell in cells if re.fullmatch(r"\d+(\.\d+)?", cell)}
         seconds = numbers | {1000 * number for number in numbers}  # some names give milliseconds
@@ -1233,9 +1232,8 @@ def prepare(source: str, folder: str, log: Callable = print, **columns) -> list[
     final, part = os.path.join(folder, name), os.path.join(folder, name + ".part")
     if not os.path.exists(final):
         began = time.time()
-        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
         try:
-            os.makedirs(part)
+            os.makedirs(part, exist_ok=True)  # a run that was killed may have left it
             decode_all(entries, part, source, left_out)
             os.rename(part, final)
         except OSError as error:
@@ -1695,10 +1693,8 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def now(device: torch.device) -> float:
     """The time in seconds, once the device has done all that it was told to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
