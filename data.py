@@ -1546,11 +1546,21 @@ class Tokenizer:
         """Learn about `vocab_size` pieces from captions: fewer if these are few, but always all 256 bytes."""
         lines = sorted({" ".join(caption.split())[:1000] for caption in captions})
         model = io.BytesIO()
-        options = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "nmt_nfkc_cf"}
-        options |= {"vocab_size": max(vocab_size, 300), "hard_vocab_limit": False}
-        options |= {"pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3, "num_threads": 1, "minloglevel": 2}
-        options |= {"sentence_iterator": iter(lines), "model_writer": model}
-        sentencepiece.SentencePieceTrainer.train(**options)
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type="bpe",
+            byte_fallback=True,
+            vocab_size=max(vocab_size, 300),
+            hard_vocab_limit=False,
+            normalization_rule_name="nmt_nfkc_cf",
+            pad_id=0,
+            unk_id=1,
+            bos_id=2,
+            eos_id=3,
+            num_threads=1,
+            minloglevel=2,
+        )
         return cls(zlib.crc32(model.getvalue()).to_bytes(4, "little") + model.getvalue())
 
     def batch(self, captions: list[str], max_len: int) -> torch.Tensor:
