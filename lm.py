@@ -266,17 +266,19 @@ class AudioLM(nn.Module):
         """(B, F, d) to (B, K, F, V)."""
         return self.lm_heads(self.ln_f(x)).unflatten(2, (self.cfg.streams, -1)).transpose(1, 2)
 
-    def forward(self, codes, text, history_mask=None, first_frame=None):
+    def forward(self, codes, text, history_mask=None, first_frame=None, input_codes=None):
         """Codes (B, K, F), text ids (B, N) padded with 0 -> logits (B, K, F, V), loss ().
 
         The loss is the paper's L_LM (section 3.2), as a mean over streams and audio frames; text is never
         predicted. F is at most `cfg.max_frames`. Where `history_mask` (B,) is 0 instead of 1, every frame has
         to be predicted from the words alone. `first_frame` (B,) says which frame of its clip is the first,
-        0 if not given, at most `cfg.max_frames` - F. LMError: the clip or the text is too long."""
+        0 if not given, at most `cfg.max_frames` - F. `input_codes` (B, K, F) are what the model reads of the
+        past, if not the codes themselves. LMError: the clip or the text is too long."""
         if codes.shape[2] > self.cfg.max_frames:
             raise LMError(f"{codes.shape[2]} frames, the model reads {self.cfg.max_frames}: cut the clip")
         u = self.text_encoder(text)  # (B, N, d)
-        logits = self.predict(u, codes, history_mask, first_frame)
+        past = codes if input_codes is None else input_codes
+        logits = self.predict(u, past, history_mask, first_frame)
         loss = F.cross_entropy(logits.flatten(0, 2).float(), codes.flatten())
         return logits, loss
 

@@ -1187,6 +1187,9 @@ def test_streams_are_embedded_by_their_mean_and_the_loss_is_the_mean_of_their_cr
     logits, loss = lm(CODES, TEXT)
     assert logits.shape == (2, 2, 24, 1024)  # no logits for text: nothing else could be in the loss
     assert_close(loss, -logits.log_softmax(-1).gather(-1, CODES[..., None]).mean())
+    misread, loss = lm(CODES, TEXT, input_codes=CODES.flip(2))
+    assert torch.equal(misread, lm(CODES.flip(2), TEXT)[0])
+    assert_close(loss, -misread.log_softmax(-1).gather(-1, CODES[..., None]).mean())
     with raises(LMError, match="9 tokens"):  # more than it has places for
         lm(CODES, torch.ones(2, 9, dtype=torch.long))
     with raises(LMError, match="25 frames"):
@@ -1418,15 +1421,18 @@ def test_a_model_is_measured_on_clips_and_mixtures_that_it_has_not_heard(world, 
     assert [len(held_out.mixtures[name][0]) for name in ("seen pairs", "held-out pairs")] == [64, 64]
 
 
-def test_training_examples_lose_some_captions_and_histories_and_know_their_place(world, codecs, tokenizer):
+def test_training_examples_lose_captions_and_histories_misread_codes_and_know_their_place(
+    world, codecs, tokenizer
+):
     cfg = LMConfig(4, "test", vocab_size=tokenizer.vocab_size, max_text_len=16, max_frames=18)
     drawn = train_lm.draw_batch(world, codecs[4], tokenizer, cfg, 200, 1280, 0.0, rng())
-    codes, text, history_mask, first_frame = drawn
+    codes, text, history_mask, first_frame, input_codes = drawn
     crops, given = world.batch(200, 1280, rng(), 0.0, train_lm.MIN_LEVEL), text.any(1)
     assert same(codes, codecs[4].encode(torch.stack([crop.wave for crop in crops])))
     assert torch.equal(text[given], tokenizer.batch([crop.caption for crop in crops], 16)[given])
     assert [x.float().mean().item() for x in (given, history_mask)] == approx([0.9, 0.9], abs=0.07)
     assert first_frame.tolist() == [min(max(crop.begin // 128, 0), 8) for crop in crops]
+    assert (input_codes != codes).float().mean().item() == approx(0.075, abs=0.01)
 
 
 def test_the_text_window_fits_captions_and_mixtures_or_the_share_that_is_cut_is_said(tokenizer):
@@ -1673,7 +1679,7 @@ def train_both(patch, clips, codec, shard):
     patch.setattr(train_codec, "evaluate", lambda *_: "held out")
     patch.setattr(train_lm, "save_samples", quiet)
     patch.setitem(train_lm.RECIPES, "test", train_lm.RECIPES["test"] | {"dropout": 0.0, "shard": shard})
-    call_main(train_codec, "--data", clips, "--size", "test", "--out", "codec")
+    call_main(train_codec, "--data", clips, "--size", "test", "--batch", "4", "--out", "codec")
     if shard:
         patch.setattr(dist, "init_process_group", quiet)  # once is enough
     flags = ["--data", clips, "--size", "test", "--codec", codec]
@@ -1718,7 +1724,8 @@ def test_two_processes_train_the_models_of_one_and_resume_their_shards(clips, ma
     train_both(monkeypatch, clips, made.out / "codec.pt", shard=False)
     for one, two in zip(read_csv("codec/codec.csv"), read_csv("two/codec/codec.csv"), strict=True):
         for name in ("wave", "mel", "adversarial", "feature", "commitment"):
-            assert float(two[name] or 0) == approx(float(one[name] or 0), rel=1e-2), (one["step"], name)
+            near = approx(float(one[name] or 0), rel=1e-2, abs=1e-6)
+            assert float(two[name] or 0) == near, (one["step"], name)
     for one, two in zip(read_csv("lm/lm.csv"), read_csv("two/lm/lm.csv"), strict=True):
         assert float(two["grad_norm"]) == approx(float(one["grad_norm"]), rel=1e-3), one["step"]
     one, two = (torch.load(path)["model"] for path in ("lm/lm.pt", "two/lm/lm.pt"))

@@ -48,6 +48,7 @@ WARMUP = 3000  # steps, and at most a tenth of the run
 COOLDOWN = 0.3  # share of the run at whose end the learning rate falls to zero
 MIN_LEVEL = 0.2  # a crop must reach this share of its clip's peak, or it lacks what the caption speaks of
 CAPTION_DROPOUT = 0.1  # captions left out in training, so that guidance has something to lean away from
+CODE_ERRORS = 0.075  # codes read as others: sampling then meets its own mistakes forewarned
 HISTORY_DROPOUT = 0.1  # clips of which words alone must tell what sounds: words are then learnt sooner
 
 
@@ -125,7 +126,9 @@ class Training:
 
 def draw_batch(data, codec, tokenizer, cfg: LMConfig, n: int, samples: int, mix: float, rng):
     """n training examples of `samples` samples each, as `AudioLM.forward` takes them: codes (n, K, F), text
-    ids (n, N), history_mask (n,), first_frame (n,). All that is random comes from rng."""
+    ids (n, N), history_mask (n,), first_frame (n,), input_codes (n, K, F).
+
+    All that is random comes from rng."""
     device = codec.quantizer.codebooks[0].embed.device
     crops = data.batch(n, samples, rng, mix, MIN_LEVEL)
     codes = codec.encode(torch.stack([crop.wave for crop in crops]).to(device))  # (n, K, F)
@@ -134,7 +137,10 @@ def draw_batch(data, codec, tokenizer, cfg: LMConfig, n: int, samples: int, mix:
     history_mask = torch.from_numpy(rng.random(n) >= HISTORY_DROPOUT)
     first_frame = torch.tensor([crop.begin for crop in crops]) // codec.cfg.hop
     first_frame = first_frame.clamp(0, cfg.max_frames - codes.shape[2])  # what comes later counts as the end
-    return codes, text.to(device), history_mask.to(device), first_frame.to(device)
+    is_wrong = torch.from_numpy(rng.random(codes.shape) < CODE_ERRORS).to(device)
+    others = torch.from_numpy(rng.integers(cfg.codebook_size, size=codes.shape)).to(device)
+    input_codes = torch.where(is_wrong, others, codes)
+    return codes, text.to(device), history_mask.to(device), first_frame.to(device), input_codes
 
 
 def train_step(t: Training, data, codec, step: int, args):
