@@ -1728,7 +1728,7 @@ def choose_threads(asked: int | None, device: torch.device, work: Callable, say:
         seconds[n] += time.perf_counter() - began
     best = min(seconds, key=seconds.get)
     torch.set_num_threads(best)
-    if best == 1:
+    if seconds[every] > 1.5 * seconds[1]:  # less may be a small model, or chance
         say(f"! one thread is {seconds[every] / seconds[1]:.1f} times as fast as {every}: the cores are busy")
 
 
