@@ -16,6 +16,7 @@ import csv
 import datetime
 import errno
 import functools
+import gc
 import glob
 import gzip
 import hashlib
@@ -1180,7 +1181,11 @@ def read_entries(source, log=print, files=None, words=None, split_column=None, l
     understand = folder_entries if os.path.isdir(source) else table_entries
     said = [name.strip() for name in (words or "").split(",") if name]
     notes: list[tuple[str, str]] = []  # (why something is left out, or '', and what)
-    entries = understand(os.path.abspath(source), Flags(files, said, split_column), notes)
+    gc.disable()  # a long table is many small objects and no cycles: to look for these takes long
+    try:
+        entries = understand(os.path.abspath(source), Flags(files, said, split_column), notes)
+    finally:
+        gc.enable()
     for why in sorted({why for why, _ in notes}):
         lines = [what for reason, what in notes if reason == why]
         for line in shortened(f"left out, {why}" if why else "read", lines):
