@@ -1782,7 +1782,8 @@ def orthogonalize(g: torch.Tensor) -> torch.Tensor:
     for i in range(5):
         step = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         y = torch.addmm(y, step, y, beta=3.4445)
-        step.diagonal().add_(3.4445)
+        if long:
+            step.diagonal().add_(3.4445)
         if i < 4:
             gram = step @ gram @ step if long else y @ y.T
     x = y @ x if long else y
@@ -1886,6 +1887,7 @@ class Stopper:
             signal.signal(number, self.catch)
 
     def catch(self, number, frame):
+        """The signal handler."""
         if self.signal:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number).name

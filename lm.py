@@ -94,7 +94,8 @@ class SelfAttention(nn.Module):
         """x (B, T, d) -> (B, T, d). `mask` is True where a key may be seen; padded text has (B, 1, 1, T).
 
         With a cache (2, B, H, S, d / H), keys and values are kept in it: those of the first T positions, or,
-        with `input_pos` (1,), those of this one (T = 1), and `mask` (1, S) is over the whole cache."""
+        with `input_pos` (1,), those of this one (T = 1). `mask` (1, S) is then added to the scores of the
+        whole cache: 0, or -inf where a key may not be seen."""
         B, T, d = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv  # (B, H, T, d / H) each
@@ -311,8 +312,9 @@ class AudioLM(nn.Module):
 
         Nothing in it waits for a transfer, so that a GPU can replay it as a graph."""
         x, rope = self.embed(codes[:, :, None]), self.rope[:, input_pos]  # (B, 1, d)
-        mask = torch.arange(cache.shape[4], device=x.device)[None] <= input_pos  # (1, S)
-        mask = torch.where(mask, 0.0, -math.inf).to(cache.dtype)  # what attention makes of it, layer by layer
+        # A mask of numbers: of a boolean one, attention would make them anew in every layer.
+        is_seen = torch.arange(cache.shape[4], device=x.device)[None] <= input_pos  # (1, S)
+        mask = torch.where(is_seen, 0.0, -math.inf).to(cache.dtype)
         for block, kv, layer_cache in zip(self.blocks, cross_kv, cache):
             x = block(x, kv, rope, layer_cache, input_pos, mask)
         return self.logits(x)[:, :, 0]
