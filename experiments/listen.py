@@ -31,6 +31,12 @@ th { text-align: left; font-weight: 600 }
 th:first-child { width: 7rem }
 img { width: 100%; height: 5rem; display: block; border-radius: 6px 6px 0 0 }
 audio { width: 100%; height: 2rem }
+@media (max-width: 40rem) { /* phones: the columns below each other, each with its name */
+  tr:first-child { display: none }
+  th, td { display: block; width: auto }
+  th { font-size: 1.25rem; margin-top: 1.5rem }
+  td::before { content: attr(title) }
+}
 </style>"""
 
 
@@ -41,13 +47,14 @@ def mp3(wave) -> bytes:
     return file.getvalue()
 
 
-def cell(name: str, wave) -> str:
+def cell(words: str, column: str, wave) -> str:
     """A spectrogram with a player below it."""
     picture = base64.b64encode(png(spectrogram(wave, 240))).decode()
     sound = base64.b64encode(mp3(wave)).decode()
     return (
-        f"<td><img alt='spectrogram of {html.escape(name)}' src='data:image/png;base64,{picture}'>"
-        f"<audio controls preload=none src='data:audio/mpeg;base64,{sound}'></audio></td>"
+        f"<td title='{column}'>"
+        f"<img alt='spectrogram of {html.escape(words)}, {column}' src='data:image/png;base64,{picture}'>"
+        f"<audio controls preload=metadata src='data:audio/mpeg;base64,{sound}'></audio></td>"
     )
 
 
@@ -58,7 +65,7 @@ def page(rows: list[tuple], note: str) -> str:
     parts += [f"<h1>nanoAudioGen</h1><p>{html.escape(note)}</p><table>"]
     parts.append("<tr><th>" + "".join(f"<th>{column}" for column in COLUMNS))
     for words, waves in rows:
-        cells = [cell(f"{words}, {column}", wave) for column, wave in zip(COLUMNS, waves)]
+        cells = [cell(words, column, wave) for column, wave in zip(COLUMNS, waves)]
         parts += [f"<tr><th>{html.escape(words)}", *cells]
     parts.append("</table><p>Authors and licences of the recordings: sounds/CREDITS.csv.</p></html>\n")
     return "\n".join(parts)
