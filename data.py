@@ -249,10 +249,10 @@ def listed(names: Iterable[str]) -> str:
 
 
 def shortened(what: str, lines: list[str]) -> list[str]:
-    """The first lines of a kind, indented, and a count of the others, which preparation writes to a file."""
+    """The first lines of a kind, indented, and a count of the others."""
     shown = [f"  {what}: {line}" for line in lines[:SHOWN]]
     if len(lines) > SHOWN:
-        shown.append(f"  {what}: {len(lines) - SHOWN} more, see left_out.txt beside the prepared data")
+        shown.append(f"  {what}: {len(lines) - SHOWN} more; training lists all in left_out.txt, below --out")
     return shown
 
 
@@ -1628,11 +1628,12 @@ def recall_flags(args, saved: dict) -> dict:
 
 
 def data_command(args) -> str:
-    """The flags that name the data, as they have to be typed for another script."""
+    """The flags that name the data and --out, as they have to be typed for another script."""
     said = [] if args.data == [SOUNDS] else ["--data", *args.data]
     for name in COLUMN_FLAGS:
         if vars(args)[name]:
             said += ["--" + name.replace("_", "-"), vars(args)[name]]
+    said += [] if args.out == "out" else ["--out", args.out]
     return "".join(" " + shell_quote(word) for word in said)
 
 
@@ -1666,6 +1667,7 @@ def one_line_errors(*kinds: type[Exception]):
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
+        sys.stdout.flush()  # here, where a reader that has gone away is no traceback yet
         return
     except KeyboardInterrupt:
         sys.exit(130)
@@ -2003,8 +2005,10 @@ def main():
     entries = read_entries(args.source, print, args.files, args.words, args.split_column)
     show_entries(entries)
     if args.save:
+        if os.path.exists(args.save) and os.path.samefile(args.source, args.save):
+            raise UserError(f"--save {args.save}: is the source itself; name another file")
         save_entries(entries, args.save)
-        print(f"saved as {args.save}; train on it with --data {args.save}")
+        print(f"saved as {args.save}; train on it with --data {shell_quote(args.save)}")
 
 
 if __name__ == "__main__":

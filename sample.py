@@ -1,13 +1,13 @@
 """Turn words into sound: the third of the three commands.
 
     python sample.py --prompt "a dog barks in the rain"                   a WAV and a page to listen to
-    python sample.py --prompt "rain" --prompt "a bell" --num_samples 3    several prompts, three sounds each
+    python sample.py --prompt "rain" --prompt "a bird" --num_samples 3    several prompts, three sounds each
     python sample.py --prompts prompts.txt --seconds 10                   longer than trained
-    python sample.py --prompt "a cat" --best_of 8                         of eight sounds the one most like it
+    python sample.py --prompt "a dog" --best_of 8                         of eight sounds the one most like it
     python sample.py --prompt "footsteps" --continue_from start.wav       go on from a recording
     python sample.py --prompt "sea waves" --stream | aplay                hear it while it is made
 
-Weights: the newest pair in out/, else the ones in pretrained/; or name them with --lm and --codec.
+Weights: the newest pair below out/, else the ones in pretrained/; or name them with --lm and --codec.
 Writes to --out one WAV per sound, as each is done, and index.html, a page with players and spectrograms of
 this run's sounds that works offline.
 """
@@ -33,7 +33,7 @@ from lm import AudioLM, LMError
 
 LIMITS = {"seconds": (0.01, 600), "num_samples": (1, 1000), "guidance": (-100, 100)}
 LIMITS |= {"temperature": (0, 10), "top_p": (0, 1), "top_k": (0, 2048), "best_of": (1, 32)}
-CACHE_BYTES = 2**30  # of keys and values at once: more sounds than fit are made one batch after the other
+CACHE_BYTES = 2**30  # of keys and values: what exceeds it is made in batches, --best_of always in one
 
 
 def get_args():
@@ -77,6 +77,8 @@ def get_args():
         )
     if args.negative and args.guidance == 1:
         raise D.UserError("--negative does nothing at --guidance 1: give another guidance, such as 3")
+    if args.best_of > 1 and not (args.prompt[0] or args.negative):
+        raise D.UserError("--best_of keeps what the words explain best: give a --prompt")
     if args.keep_prefix and args.continue_from is None:
         raise D.UserError("--keep_prefix goes with --continue_from: name the recording to continue")
     return args
@@ -214,17 +216,17 @@ def load_models(args, device, say):
     return codec, lm, tokenizer
 
 
-def check_words(prompts: list[str], tokenizer, lm, say) -> None:
+def check_words(prompts: list[str], negative: str, tokenizer, lm, say) -> None:
     """Say which words no caption had, and which are spelled like them. UserError: a prompt is longer than
     the model reads."""
-    for prompt in prompts:
+    for prompt in [*prompts, negative]:
         tokens = len(tokenizer.encode(prompt))
         if tokens > lm.cfg.max_text_len:
             raise D.UserError(
                 f"the prompt {prompt[:40]!r}... has {tokens} tokens, the model reads {lm.cfg.max_text_len}: "
                 "use fewer words"
             )
-    for word in D.words_of(" ".join(prompts)):
+    for word in D.words_of(" ".join([*prompts, negative])):
         if word not in lm.words:
             nearest = difflib.get_close_matches(word, lm.words, n=3)
             like = f"the nearest are {', '.join(nearest)}" if nearest else "none is spelled like it"
@@ -282,9 +284,8 @@ def write_stream(pieces, target: str):
                 file.write(samples.tobytes())
                 file.flush()
         if target != "-" and file.seekable():  # a pipe is left with its promise of the greatest length
-            n_bytes = file.tell() - 44
             file.seek(0)
-            file.write(wav_header(n_bytes))
+            file.write(wav_header(2 * sum(map(len, waves))))
     return torch.cat(waves)
 
 
@@ -297,7 +298,7 @@ def next_number(folder: str) -> int:
 def batch_size(lm, device) -> int:
     """How many sounds are made at once."""
     cfg = lm.cfg
-    number_bytes = 4 if device.type == "cpu" else 2
+    number_bytes = D.fast_dtype(device).itemsize if device.type == "cuda" else 4
     frame_bytes = 2 * 2 * cfg.n_layer * cfg.n_embd * number_bytes  # keys and values, with and without text
     return max(1, min(32, CACHE_BYTES // (frame_bytes * (cfg.max_text_len + cfg.max_frames))))
 
@@ -308,7 +309,7 @@ def main():
     device = D.pick_device(args.device)
     say = Say(sys.stderr if args.stream == "-" else sys.stdout)
     codec, lm, tokenizer = load_models(args, device, say)
-    check_words(args.prompt + [args.negative], tokenizer, lm, say)
+    check_words(args.prompt, args.negative, tokenizer, lm, say)
     os.makedirs(args.out, exist_ok=True)
     tempfile.TemporaryFile(dir=args.out).close()  # where it cannot write, say so before the work
 

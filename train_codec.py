@@ -4,7 +4,7 @@
     python train_codec.py --data clips.csv                 your own clips: a table or a folder (see README)
     python train_codec.py --data one_clip/ --out one --steps 400    learn one clip by heart: try this first
     python train_codec.py --data clips.csv --resume        go on after an interruption
-    python train_codec.py --data clips.csv --resume --steps 9000    go on for longer than was planned
+    python train_codec.py --data clips.csv --resume --steps 20000   go on for longer than was planned
     python train_codec.py --data clips.csv --eval_only     measure the codec in --out on the held-out clips
     torchrun --nproc_per_node=8 train_codec.py --data ...  several GPUs (add --nnodes for several machines)
 
@@ -119,9 +119,8 @@ class Training:
         states = {name: part.state_dict() for name, part in self.parts.items()}
         return {"kind": "nanoaudiogen codec training", "step": step} | plain | states
 
-    def load(self, saved: dict, path: str, steps: int | None) -> int:
-        """Go on from the checkpoint of this path, to `steps` in all where that is given; returns the step it
-        had reached."""
+    def load(self, saved: dict, path: str) -> int:
+        """Go on from the checkpoint of this path; returns the step it had reached."""
         if saved["config"] != asdict(self.config) or ("disc" in saved) != ("disc" in self.parts):
             raise D.UserError(
                 f"{path}: was started with {saved['config']} and {'a' if 'disc' in saved else 'no'} "
@@ -129,8 +128,6 @@ class Training:
             )
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])
-        self.recipe["steps"] = steps or saved["steps"]
-        self.disc_start = max(1, int(self.recipe["disc_start"] * self.recipe["steps"]))
         if saved["step"] > saved["disc_start"]:  # the second stage does not go back to the first
             self.disc_start = saved["disc_start"]
         self.disc_accuracy, self.usage = saved["disc_accuracy"], saved["usage"].to(self.device)
@@ -184,7 +181,8 @@ def train_step(t: Training, wave, step: int):
             update_ema(t.ema.decoder, t.codec.decoder, step)
         else:
             update_ema(t.ema, t.codec, step)
-    return losses | {"commitment": commitment}, grad_norm, finite
+    losses["commitment"] = commitment
+    return {name: loss.detach() for name, loss in losses.items()}, grad_norm, finite
 
 
 def adversarial_losses(t: Training, wave, wave_hat) -> dict:
@@ -289,11 +287,12 @@ def health(t: Training, grad_norm: float):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def choose_recipe(args, device: torch.device, world_size: int) -> dict:
-    """The recipe of the size, with what the flags say in its place."""
+def choose_recipe(args, saved: dict, device: torch.device, world_size: int) -> dict:
+    """The recipe of the size, with what the flags, or a run to be resumed, say in its place."""
     args.size = args.size or ("paper" if device.type == "cuda" else "tiny")
     recipe = dict(RECIPES[args.size])
-    recipe["steps"], recipe["batch"] = args.steps or recipe["steps"], args.batch or recipe["batch"]
+    recipe["steps"] = args.steps or saved.get("steps", recipe["steps"])
+    recipe["batch"] = args.batch or recipe["batch"]
     if recipe["batch"] % world_size:
         raise D.UserError(
             f"--batch {recipe['batch']}: cannot be shared by {world_size} processes, type a multiple of that"
@@ -301,11 +300,11 @@ def choose_recipe(args, device: torch.device, world_size: int) -> dict:
     return recipe
 
 
-def protect_language_model(out: str, codes_change: bool) -> None:
+def protect_language_model(out: str) -> None:
     """UserError where a language model in the folder would lose the codec whose codes it learnt."""
     for name in ("lm.pt", "lm_train.pt"):
         path = os.path.join(out, name)
-        if codes_change and os.path.exists(path):
+        if os.path.exists(path):
             raise D.UserError(
                 f"{path}: learnt the codes of the codec in {out}, which would be overwritten: "
                 "choose another --out, or move it away first"
@@ -324,7 +323,7 @@ def main():
     device, rank, world_size = D.start_processes(args.device)
     is_main = rank == 0
     say = tqdm.write if is_main else lambda *_: None
-    recipe = choose_recipe(args, device, world_size)
+    recipe = choose_recipe(args, saved, device, world_size)
     config = CodecConfig(args.streams, args.size)
     lock = D.lock_folder(args.out) if is_main else None  # noqa: F841 (held until the process ends)
 
@@ -339,11 +338,11 @@ def main():
     torch.manual_seed(args.seed)
     t = Training(config, recipe, device)
     t.flags = flags
-    start = t.load(saved, resume_path, args.steps) if args.resume else 0
-    protect_language_model(args.out, codes_change=start < t.disc_start)
+    start = t.load(saved, resume_path) if args.resume else 0
+    if start < t.disc_start:  # in the second stage the codes do not change
+        protect_language_model(args.out)
     D.choose_threads(args.threads, device, lambda: t.ema.encode(held_out[:1]), say)
-    steps = recipe["steps"]  # only now: `load` may have changed it
-    crop_length = int(recipe["seconds"] * D.SAMPLE_RATE)
+    steps, crop_length = recipe["steps"], int(recipe["seconds"] * D.SAMPLE_RATE)
     log = D.Log(os.path.join(args.out, "codec.csv"), start) if is_main else None
     parameters = sum(p.numel() for p in t.codec.parameters())
     disc = f"from step {t.disc_start} on with a discriminator" if t.disc_start < steps else "no discriminator"
@@ -364,10 +363,9 @@ def main():
 
         done, stopping = step + 1, stopper.asked(device)
         if done % log_every == 0:
-            means = {name: loss.detach().clone() for name, loss in losses.items()}
-            D.mean_over_processes(list(means.values()))
+            D.mean_over_processes(list(losses.values()))
         if done % log_every == 0 and is_main:
-            means = {name: mean.item() for name, mean in means.items()}
+            means = {name: loss.item() for name, loss in losses.items()}
             log_step(t, done, means, grad_norm.item(), clock.steps_per_second(done), log, say)
         if (done % eval_every == 0 or done == steps or stopping) and is_main:
             with clock.paused():
@@ -380,9 +378,7 @@ def main():
         if stopping:
             how = "to go on, type the same command and --resume"
             return say(f"{stopper.signal or 'stopped'}: saved step {done} to {resume_path}; {how}")
-    elsewhere = "" if args.out == "out" else f" --out {D.shell_quote(args.out)}"
-    rest = D.data_command(args) + elsewhere
-    say(f"codec saved to {path}; next: python train_lm.py --streams {config.streams}{rest}")
+    say(f"codec saved to {path}; next: python train_lm.py --streams {config.streams}{D.data_command(args)}")
 
 
 if __name__ == "__main__":

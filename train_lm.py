@@ -4,7 +4,7 @@
     python train_lm.py --data clips.csv more/:2              your own clips; `more/` is drawn twice as often
     python train_lm.py --data mine/ --finetune pretrained    teach a trained model your own clips
     python train_lm.py --data clips.csv --resume             go on after an interruption
-    python train_lm.py --data clips.csv --resume --steps 9000    go on for longer than was planned
+    python train_lm.py --data clips.csv --resume --steps 20000   go on for longer than was planned
     python train_lm.py --data clips.csv --eval_only          measure the model in --out on the held-out clips
     torchrun --nproc_per_node=8 train_lm.py --size base ...  several GPUs (add --nnodes for several machines)
 
@@ -92,7 +92,7 @@ class Training:
     def __init__(self, lm: AudioLM, recipe: dict, device, rank: int, world_size: int):
         self.lm, self.recipe, self.device = lm.train(), recipe, device
         self.rank, self.world_size = rank, world_size
-        self.tokenizer, self.steps = D.Tokenizer(lm.tokenizer), recipe["steps"]
+        self.tokenizer = D.Tokenizer(lm.tokenizer)
         self.flags: dict = {}  # what it trains on, see `D.recall_flags`
         cuda, self.sharded = device.type == "cuda", recipe["shard"] and world_size > 1
         self.optimizers = make_optimizers(lm, recipe["lr"], cuda, self.sharded)
@@ -110,16 +110,15 @@ class Training:
                 optimizer.consolidate_state_dict(0)
         if self.rank == 0:
             D.save_atomic(self.lm.checkpoint(), path)
-            training = {"kind": "nanoaudiogen lm training", "steps": self.steps, "step": step}
+            training = {"kind": "nanoaudiogen lm training", "steps": self.recipe["steps"], "step": step}
             training["flags"] = self.flags
             training |= {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
             D.save_atomic(self.lm.checkpoint() | training | {"rng": torch.get_rng_state()}, resume_path)
 
-    def load(self, saved: dict, steps: int | None) -> int:
-        """Go on from a checkpoint, to `steps` in all where that is given; returns the step it had reached."""
+    def load(self, saved: dict) -> int:
+        """Go on from a checkpoint; returns the step it had reached."""
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(saved[name])
-        self.steps = steps or saved["steps"]
         torch.set_rng_state(saved["rng"])
         return saved["step"]
 
@@ -151,7 +150,7 @@ def train_step(t: Training, data, codec, step: int, args):
 
     Words say most about how a sound begins, later the sound itself does. So most examples are short: a step
     takes clips of 5 s, or twice as many of half, or four times as many of a quarter of that."""
-    D.set_lr(t.optimizers.values(), learning_rate(t.recipe["lr"], step, t.steps))
+    D.set_lr(t.optimizers.values(), learning_rate(t.recipe["lr"], step, t.recipe["steps"]))
     # The leading 1 or 2 keeps this generator apart from those below: NumPy pads seeds with zeros, so that
     # (seed, step) and (seed, step, 0, 0) would be the same.
     parts = 2 ** int(np.random.default_rng((1, args.seed, step)).integers(3))
@@ -165,7 +164,7 @@ def train_step(t: Training, data, codec, step: int, args):
             with D.autocast(t.device):
                 logits, loss = t.model(*batch)
             (loss / t.recipe["accumulate"]).backward()
-        nll = F.cross_entropy(logits.detach().float().permute(0, 3, 1, 2), batch[0], reduction="none")
+        nll = cross_entropy(logits.detach(), batch[0])  # (n, K, F)
         stream_losses = stream_losses + nll.mean((0, 2)) / t.recipe["accumulate"]  # (K,)
     grad_norm = torch.nn.utils.clip_grad_norm_(t.lm.parameters(), 1.0)
     finite = bool(torch.isfinite(grad_norm))
@@ -174,6 +173,12 @@ def train_step(t: Training, data, codec, step: int, args):
             optimizer.step()
     t.lm.zero_grad()
     return stream_losses, grad_norm, finite
+
+
+def cross_entropy(logits, codes):
+    """How surprising each code is, in nats: logits (B, K, F, V) and codes (B, K, F) to (B, K, F)."""
+    logits = logits.flatten(0, 2).float()  # codes last, or it takes several times as long
+    return F.cross_entropy(logits, codes.flatten(), reduction="none").view_as(codes)
 
 
 def learning_rate(peak: float, step: int, steps: int) -> float:
@@ -253,8 +258,7 @@ def caption_losses(lm, tokenizer, codes, captions: list[str]):
     """Cross-entropy of each clip and stream given its caption (n, K), in nats per code."""
     text, parts = tokenizer.batch(captions, lm.cfg.max_text_len).to(codes.device), []
     for c, t in zip(codes.split(8), text.split(8)):
-        logits = lm.predict(lm.text_encoder(t), c).float()  # (b, K, F, V)
-        parts.append(F.cross_entropy(logits.permute(0, 3, 1, 2), c, reduction="none").mean(2))
+        parts.append(cross_entropy(lm.predict(lm.text_encoder(t), c), c).mean(2))
     return torch.cat(parts)
 
 
@@ -270,9 +274,9 @@ def evaluate(lm, tokenizer, held_out: HeldOut, final: bool = False) -> dict:
     better = true.mean(1) < caption_losses(lm, tokenizer, held_out.codes, wrong).mean(1)
     measures["caption accuracy"] = better.float().mean().item()
     if final:
-        for name, (codes, true_captions, wrong) in held_out.mixtures.items():
+        for name, (codes, true_captions, false_captions) in held_out.mixtures.items():
             true = caption_losses(lm, tokenizer, codes, true_captions).mean(1)
-            better = true < caption_losses(lm, tokenizer, codes, wrong).mean(1)
+            better = true < caption_losses(lm, tokenizer, codes, false_captions).mean(1)
             measures[f"of {name}"] = better.float().mean().item()
     return measures
 
@@ -303,10 +307,10 @@ def load_models(args, device):
     UserError: codec and flags, or codec and model, do not belong together."""
     codec_path = args.codec or os.path.join(args.finetune or args.out, "codec.pt")
     if not os.path.exists(codec_path):
-        out = "" if args.out == "out" else f" --out {D.shell_quote(args.out)}"
-        raise D.UserError(
-            f"{codec_path}: no codec there: name one with --codec, or type python train_codec.py{out}"
-        )
+        remedy = f"one with --codec, or type python train_codec.py{D.data_command(args)}"
+        if args.finetune:
+            remedy = "the folder of a trained pair, such as pretrained"
+        raise D.UserError(f"{codec_path}: no codec there: name {remedy}")
     codec = Codec.load(codec_path, device)
     if args.streams not in (None, codec.cfg.streams):
         raise D.UserError(
@@ -319,10 +323,12 @@ def load_models(args, device):
     return codec, codec_path, trained
 
 
-def choose_recipe(args, size: str, device, world_size: int) -> dict:
-    """The recipe of the size, with what the flags say in its place, and the micro batches of a step."""
+def choose_recipe(args, saved: dict, size: str, device, world_size: int) -> dict:
+    """The recipe of the size, with what the flags, or a run to be resumed, say in its place; and the micro
+    batches of a step."""
     recipe = dict(RECIPES[size])
-    recipe["steps"], batch = args.steps or recipe["steps"], args.batch or recipe["batch"]
+    recipe["steps"] = args.steps or saved.get("steps", recipe["steps"])
+    batch = args.batch or recipe["batch"]
     if batch % world_size:
         raise D.UserError(
             f"--batch {batch}: cannot be shared by {world_size} processes, type a multiple of that"
@@ -388,7 +394,7 @@ def log_step(t: Training, done: int, stream_losses, grad_norm, steps_per_second:
     say(
         f"{done} loss {row['loss']:.3f} | streams {' '.join(f'{loss:.2f}' for loss in losses)} | "
         f"grad {row['grad_norm']:.2f} | {steps_per_second * frames_per_step(t):.0f} frames/s, "
-        f"{(t.steps - done) / steps_per_second / 60:.0f} min left{memory}"
+        f"{(t.recipe['steps'] - done) / steps_per_second / 60:.0f} min left{memory}"
     )
 
 
@@ -409,8 +415,8 @@ def main():
     say = tqdm.write if is_main else lambda *_: None
     lock = D.lock_folder(args.out) if is_main else None  # noqa: F841 (held until the process ends)
     codec, codec_path, lm = load_models(args, device)
-    second = torch.zeros(1, D.SAMPLE_RATE, device=device)
-    D.choose_threads(args.threads, device, lambda: codec.encode(second), say)
+    one_second = torch.zeros(1, D.SAMPLE_RATE, device=device)
+    D.choose_threads(args.threads, device, lambda: codec.encode(one_second), say)
 
     # Data, and the held-out clips as codes: they do not change.
     data = D.first_then_all(lambda: D.AudioData.from_flags(args, log=say))
@@ -429,28 +435,27 @@ def main():
         if args.size not in (None, lm.cfg.size):
             raise D.UserError(f"{resume_path}: was started with --size {lm.cfg.size}: leave --size out")
     size = lm.cfg.size if lm else args.size or ("base" if device.type == "cuda" else "tiny")
-    recipe = choose_recipe(args, size, device, world_size)
+    recipe = choose_recipe(args, saved, size, device, world_size)
     lm = lm or new_model(args, recipe, codec, data, size, device)
     said = [caption for clip in data.train for caption in clip.captions] + ["and"] * (args.mix > 0)
     lm.words = sorted({*lm.words, *D.words_of(" ".join(said))})
     t = Training(lm, recipe, device, rank, world_size)
     t.flags = flags
-    start = t.load(saved, args.steps) if saved else 0
+    start = t.load(saved) if saved else 0
+    steps = recipe["steps"]
     log = D.Log(os.path.join(args.out, "lm.csv"), start) if is_main else None
     warn_of_cut_captions(token_counts(t.tokenizer, data, args.mix), lm.cfg.max_text_len, say)
     say(
         f"language model {size}, {sum(p.numel() for p in lm.parameters()) / 1e6:.1f} M parameters, text "
         f"vocabulary {lm.cfg.vocab_size}, up to {lm.cfg.max_text_len} text tokens; "
-        f"{t.steps} steps of {world_size} x {recipe['accumulate']} x {recipe['micro']} clips of {SECONDS} s "
+        f"{steps} steps of {world_size} x {recipe['accumulate']} x {recipe['micro']} clips of {SECONDS} s "
         f"({frames_per_step(t)} frames) on {device}; {100 * args.mix:.0f} % of them mixed"
     )
 
     # The loop.
-    log_every, eval_every = max(1, t.steps // 100), max(50, t.steps // 5)
+    log_every, eval_every = max(1, steps // 100), max(50, steps // 5)
     stopper, clock, bad = D.Stopper(), D.Clock(start), 0
-    for step in tqdm(
-        range(start, t.steps), initial=start, total=t.steps, disable=not is_main, smoothing=0.05
-    ):
+    for step in tqdm(range(start, steps), initial=start, total=steps, disable=not is_main, smoothing=0.05):
         done = step + 1
         logging = done % log_every == 0
         losses, grad_norm, finite = train_step(t, data, codec, step, args)
@@ -460,7 +465,7 @@ def main():
             D.mean_over_processes([losses])
         if logging and is_main:
             log_step(t, done, losses, grad_norm, clock.steps_per_second(done), log, say)
-        if done % eval_every and done < t.steps and not stopping:
+        if done % eval_every and done < steps and not stopping:
             continue
         with clock.paused():
             t.save(path, resume_path, done)
@@ -469,7 +474,7 @@ def main():
                 return say(f"{stopper.signal or 'stopped'}: saved step {done} to {resume_path}; {how}")
             if is_main:
                 kept = copy.deepcopy(lm).eval()  # not compiled: the shapes of evaluation are others
-                say(as_text(evaluate(kept, t.tokenizer, held_out, final=done == t.steps)))
+                say(as_text(evaluate(kept, t.tokenizer, held_out, final=done == steps)))
     if is_main:
         some = held_out.clips[:: math.ceil(len(held_out.clips) / 10)]
         save_samples(copy.deepcopy(lm).eval(), codec, t.tokenizer, some, wavs)

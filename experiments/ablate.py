@@ -17,7 +17,6 @@ import sys
 from classifier import Judge
 from common import by_category, from_words, gather, prompt
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data as D
 import train_lm
 from codec import Codec, CodecError
@@ -39,8 +38,9 @@ def run(script: str, out: str, *flags) -> None:
 
 def train(args, streams: int, mix: float) -> tuple[str, str]:
     """Train what is not trained yet; returns the paths of the codec and of the language model."""
-    codec_out = os.path.join(args.out, f"codec{streams}")
-    lm_out = os.path.join(args.out, f"lm{streams}-mix{mix:g}")
+    codec_name = f"codec{streams}-{args.codec_size}-{args.codec_steps}"
+    codec_out = os.path.join(args.out, codec_name)
+    lm_out = os.path.join(args.out, f"lm{streams}-{args.size}-mix{mix:g}-{codec_name}")
     codec, steps = os.path.join(codec_out, "codec.pt"), max(1, args.steps * streams // 4)
     common = ["--data", args.data, "--streams", streams, "--seed", args.seed]
     run("train_codec.py", codec_out, *common, "--steps", args.codec_steps, "--size", args.codec_size)

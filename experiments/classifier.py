@@ -10,14 +10,12 @@ through the codec, sounds made from words), then how many of each category are r
 """
 
 import os
-import sys
 
 import numpy as np
 import torch
 from cnn import FRAMES, Network, mel_spectra, train_network
 from common import by_category, category, from_words, gather, prompt, through
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data as D
 from codec import Codec, CodecError
 from lm import AudioLM, LMError
@@ -97,14 +95,14 @@ def train(args):
 
 def print_table(judge: Judge, rows: list, words: list[str], val: dict) -> list:
     """A line for each (title, waves, names, real waves to compare with); returns which are recognised."""
-    choice = f"among {len(judge.categories)} categories | among {len(words)}"
-    print(f"| recognised | sounds | {choice} | tonal ones | Fréchet distance |")
+    among = f"among {len(judge.categories)} categories | among {len(words)}"
+    print(f"| recognised | sounds | {among} | tonal ones | Fréchet distance |")
     print("|--|--|--|--|--|--|")
     results = []
     for title, waves, names, real in rows:
-        right, among = (judge.recognised(waves, names, choice) for choice in (None, words))
+        right, right_of_words = (judge.recognised(waves, names, chosen) for chosen in (None, words))
         tonal, comparable = [name in TONAL for name in names], [bool(val[name]) for name in names]
-        cells = [title, len(names), f"{right.mean():.3f}", f"{among.mean():.3f}"]
+        cells = [title, len(names), f"{right.mean():.3f}", f"{right_of_words.mean():.3f}"]
         cells.append(f"{right[tonal].mean():.3f} of {sum(tonal)}" if any(tonal) else "")
         cells.append(f"{judge.distance(real, waves[comparable]):.1f}")
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
@@ -112,7 +110,7 @@ def print_table(judge: Judge, rows: list, words: list[str], val: dict) -> list:
     return results
 
 
-def judge(args):
+def judge_sounds(args):
     """Print both tables."""
     judge, codec = Judge.load(args.classifier), Codec.load(args.codec)
     data = D.AudioData([args.data], os.path.dirname(args.classifier) or ".")
@@ -127,6 +125,7 @@ def judge(args):
     (real, names), (like, _) = gather(val, counts), gather(train, counts)
     rows = [("real, validation", real, names, real), ("real, training", like, names, real)]
     rows.append(("real, through the codec", through(codec, real), names, real))
+    rows.append(("training, through the codec", through(codec, like), names, like))
     if args.lm:  # so many of each word, and beside them as many real ones
         lm = AudioLM.load(args.lm, codec_hash=codec.hash()).to(D.fast_dtype(torch.device("cpu"))).pack()
         options = {"guidance": args.guidance, "temperature": args.temperature, "top_k": args.top_k}
@@ -161,7 +160,7 @@ def main():
     add("--temperature", type=float, default=1.0)
     add("--top_k", type=int, default=0)
     args = parser.parse_args()
-    {"train": train, "judge": judge}[args.do](args)
+    {"train": train, "judge": judge_sounds}[args.do](args)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,11 @@ import sys
 
 import torch
 
+# Whoever imports this file first finds the project's own files, too.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data as D
+from codec import Codec
+from lm import AudioLM
 
 LENGTH = 5 * D.SAMPLE_RATE  # of a sound that is judged: a clip from its beginning, with silence after it
 
@@ -29,7 +32,9 @@ def gather(groups: dict, counts: dict):
 
 
 def prompt(clips: list) -> str:
-    """The shortest caption of a category's clips."""
+    """The shortest caption of a category's clips. UserError: there are no clips."""
+    if not clips:
+        raise D.UserError("a word has no training clip: name others with --words")
     return min((caption for clip in clips for caption in clip.captions), key=lambda text: (len(text), text))
 
 
@@ -46,3 +51,19 @@ def from_words(lm, codec, prompts: list[str], **options):
         codes = lm.generate(part, lm.cfg.max_frames, seeds=seeds, **options)
         made.append(codec.decode(codes)[:, :LENGTH].cpu())
     return torch.cat(made)
+
+
+def three_versions(args):
+    """The codec, a prompt for each of --words, and 5 s of it as recorded, through the codec, and from words:
+    three times (n, LENGTH). UserError: a word has no validation clip, or no training clip."""
+    codec = Codec.load(args.codec)
+    lm = AudioLM.load(args.lm, codec_hash=codec.hash())
+    data = D.AudioData([args.data], "out")
+    words = [word.strip() for word in args.words.split(",")]
+    train, val = by_category(data.train, words), by_category(data.val, words)
+    for word in words:
+        if not (train[word] and val[word]):
+            raise D.UserError(f"--words {word}: {args.data} lacks validation or training clips of it")
+    real, prompts = gather(val, dict.fromkeys(words, 1))[0], [prompt(train[word]) for word in words]
+    made = from_words(lm, codec, prompts, guidance=args.guidance)
+    return codec, prompts, (real, through(codec, real), made)

@@ -1,6 +1,6 @@
-"""What ships: a trained pair with its weights in 16 bits, half the size.
+"""A trained pair with its weights in 16 bits, half the size.
 
-    python experiments/halve.py out pretrained            reads codec.pt and lm.pt in out/, writes pretrained/
+    python experiments/halve.py out half            reads codec.pt and lm.pt in out/, writes them to half/
 
 A codec's encoder decides which codes a sound becomes. Rounded to 16 bits it chooses a few others (the
 codebooks stay in 32 bits, or it would be more), and has another hash; a language model is bound to the hash
@@ -53,8 +53,8 @@ def main():
     os.makedirs(args.target, exist_ok=True)
     codec_in, lm_in = (os.path.join(args.source, name) for name in ("codec.pt", "lm.pt"))
     codec_out, lm_out = (os.path.join(args.target, name) for name in ("codec.pt", "lm.pt"))
-    if os.path.exists(codec_out) and os.path.samefile(codec_in, codec_out):
-        raise D.UserError(f"{args.target}: is also what is read: name another folder")
+    if os.path.exists(codec_out) or os.path.exists(lm_out):
+        raise D.UserError(f"{args.target}: holds weights, which would be lost: name another folder")
     waves, clips = D.AudioData([args.data], args.source).held_out(5 * D.SAMPLE_RATE, limit=60)
     full = Codec.load(codec_in)
     halve(codec_in, codec_out, "nanoaudiogen codec")

@@ -10,16 +10,13 @@ import base64
 import html
 import io
 import os
-import sys
 
 import soundfile
-import torch
-from common import LENGTH, by_category, from_words, prompt, through
+from common import three_versions
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data as D
-from codec import Codec, CodecError
-from lm import AudioLM, LMError
+from codec import CodecError
+from lm import LMError
 from sample import png, spectrogram
 
 WORDS = "dog,rain,sea waves,baby cry,clock tick,fire,helicopter,chainsaw,rooster,bird,thunder,laugh"
@@ -82,25 +79,14 @@ def main():
     add("--lm", default="pretrained/lm.pt")
     add("--guidance", type=float, default=3.0)
     args = parser.parse_args()
-    codec = Codec.load(args.codec)
-    lm = AudioLM.load(args.lm, codec_hash=codec.hash())
-    data = D.AudioData([args.data], "out")
-    words = [word.strip() for word in args.words.split(",")]
-    train, val = by_category(data.train, words), by_category(data.val, words)
-    for word in words:
-        if not (train[word] and val[word]):
-            raise D.UserError(f"--words {word}: {args.data} has no validation clip of it, name another")
-
-    real = torch.stack([D.read_crop(val[word][0], LENGTH) for word in words])
-    prompts = [prompt(train[word]) for word in words]
-    made = from_words(lm, codec, prompts, guidance=args.guidance)
+    codec, prompts, versions = three_versions(args)
     note = (
-        "5 s at 16 kHz. The recordings were held out of training; the codec makes "
+        "5 s at 16 kHz. The recordings are validation clips; the codec makes "
         f"{codec.cfg.kbps} kbit/s of them. On the right, the first sound made of each word, at guidance "
         f"{args.guidance:g}."
     )
     with open(args.out, "w", encoding="utf-8") as file:
-        file.write(page(list(zip(prompts, zip(real, through(codec, real), made))), note))
+        file.write(page(list(zip(prompts, zip(*versions))), note))
     print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.1f} MB")
 
 

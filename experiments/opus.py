@@ -10,14 +10,12 @@ distances (means over clips, lower is better) and, where there is a classifier, 
 
 import io
 import os
-import sys
 
 import soundfile
 import torch
 from classifier import Judge
 from common import LENGTH, category, through
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data as D
 from codec import Codec, CodecError, log_mel_distance, log_spectrum_distance, si_snr
 

@@ -10,34 +10,22 @@ words alone make. The third draws every loss of the logs that training writes, o
 
 import csv
 import math
-import os
-import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
-from common import LENGTH, by_category, from_words, prompt, through
+from common import three_versions
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data as D
-from codec import Codec, CodecError
-from lm import AudioLM, LMError
+from codec import CodecError
+from lm import LMError
 from sample import spectrogram
 
 
 def draw_sounds(args) -> None:
     """The grid of spectrograms: 80 dB, mel scale."""
-    words = [word.strip() for word in args.words.split(",")]
-    codec = Codec.load(args.codec)
-    lm = AudioLM.load(args.lm, codec_hash=codec.hash())
-    data = D.AudioData([args.data], "out")
-    train, val = by_category(data.train, words), by_category(data.val, words)
-    real = torch.stack([D.read_crop((val[word] or train[word])[0], LENGTH) for word in words])
-    prompts = [prompt(train[word]) for word in words]
-    rows = {"real": real, "through the codec": through(codec, real)}
-    rows["from the words alone"] = from_words(lm, codec, prompts, guidance=args.guidance)
-
-    figure, axes = plt.subplots(3, len(words), figsize=(2 * len(words) + 0.7, 5), squeeze=False)
+    _, prompts, versions = three_versions(args)
+    rows = dict(zip(("real", "through the codec", "from the words alone"), versions))
+    figure, axes = plt.subplots(3, len(prompts), figsize=(2 * len(prompts) + 0.7, 5), squeeze=False)
     khz = [0.5, 1, 2, 4, 8]
     heights = [63 * math.log1p(f / 0.7) / math.log1p(8 / 0.7) for f in khz]
     for i, (title, waves) in enumerate(rows.items()):
@@ -71,9 +59,8 @@ def draw_losses(args) -> None:
                 continue
             steps, losses = np.array(logged).T
             (line,) = axis.plot(steps, losses, linewidth=1, alpha=0.3)
-            means = np.convolve(losses, np.ones(9), "same") / np.convolve(
-                np.ones(len(losses)), np.ones(9), "same"
-            )
+            window = np.ones(min(9, len(losses)))
+            means = np.convolve(losses, window, "same") / np.convolve(np.ones(len(losses)), window, "same")
             axis.plot(steps, means, label=path, color=line.get_color())
         axis.set_title(name)
         axis.set_xlabel("steps")

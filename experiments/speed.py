@@ -83,7 +83,8 @@ def flops_per_frame(model) -> float:
 def lm_step(size: str, device):
     """A function that does one training step, optimizers included, with codes at hand; how many frames that
     are, and how many floating point operations a frame takes."""
-    recipe = train_lm.choose_recipe(argparse.Namespace(steps=None, batch=None, micro=None), size, device, 1)
+    args = argparse.Namespace(steps=None, batch=None, micro=None)
+    recipe = train_lm.choose_recipe(args, {}, size, device, 1)
     model = lm.AudioLM(lm.LMConfig(4, size, vocab_size=512, max_text_len=16)).to(device)
     optimizers = train_lm.make_optimizers(model, 1e-4, device.type == "cuda", False)
     for block in [*model.text_encoder.blocks, *model.blocks] if device.type == "cuda" else ():
