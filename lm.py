@@ -205,6 +205,12 @@ class TextEncoder(nn.Module):
 # The language model
 
 
+def cross_entropy(logits, codes):
+    """How surprising each code is, in nats: logits (B, K, F, V) and codes (B, K, F) to (B, K, F)."""
+    logits = logits.flatten(0, 2).float()  # with V in the last place, or it takes several times as long
+    return F.cross_entropy(logits, codes.flatten(), reduction="none").view_as(codes)
+
+
 class AudioLM(nn.Module):
     """GPT over [text, codes]. `tokenizer` (its bytes) and `codec_hash` are what it was trained with."""
 
@@ -280,8 +286,7 @@ class AudioLM(nn.Module):
         u = self.text_encoder(text)  # (B, N, d)
         past = codes if input_codes is None else input_codes
         logits = self.predict(u, past, history_mask, first_frame)
-        loss = F.cross_entropy(logits.flatten(0, 2).float(), codes.flatten())
-        return logits, loss
+        return logits, cross_entropy(logits, codes).mean()
 
     def predict(self, u, codes, history_mask=None, first_frame=None):
         """Logits (B, K, F, V) of every frame given the text u (B, N, d) and the frames before it."""
@@ -411,8 +416,7 @@ class AudioLM(nn.Module):
         evidence = torch.zeros(len(codes), device=codes.device)
         for window in codes.split(self.cfg.max_frames, 2):
             for sign, condition in ((1, u), (-1, u_uncond)):
-                logp = self.predict(condition, window).float().log_softmax(-1)  # (B, K, F, V)
-                evidence += sign * logp.gather(-1, window[..., None]).sum((1, 2, 3))
+                evidence -= sign * cross_entropy(self.predict(condition, window), window).sum((1, 2))
         return evidence
 
     def pack(self):

@@ -298,7 +298,7 @@ def next_number(folder: str) -> int:
 def batch_size(lm, device) -> int:
     """How many sounds are made at once."""
     cfg = lm.cfg
-    number_bytes = D.fast_dtype(device).itemsize if device.type == "cuda" else 4
+    number_bytes = 4 if device.type == "cpu" else D.fast_dtype(device).itemsize
     frame_bytes = 2 * 2 * cfg.n_layer * cfg.n_embd * number_bytes  # keys and values, with and without text
     return max(1, min(32, CACHE_BYTES // (frame_bytes * (cfg.max_text_len + cfg.max_frames))))
 

@@ -1460,6 +1460,9 @@ def test_a_batch_is_shared_by_processes_and_micro_batches():
     for choose, some in ((train_lm.choose_recipe, ["test"]), (train_codec.choose_recipe, [])):
         with raises(D.UserError, match="--batch 12: cannot be shared by 5 processes"):
             choose(args, {}, *some, CPU, 5)
+        for steps, total in ((None, 18), (24, 24)):  # a resumed run has as many steps as it had, or more
+            args.steps = steps
+            assert choose(args, {"steps": 18}, *some, CPU, 1)["steps"] == total
 
 
 # ----------------------------------------------------------------------------------------------------------

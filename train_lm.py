@@ -21,13 +21,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data as D
 from codec import Codec, CodecError, load_checkpoint
-from lm import AudioLM, LMConfig, LMError
+from lm import AudioLM, LMConfig, LMError, cross_entropy
 
 # A size is one entry here and one in lm.SIZES. `tiny` is settled by short runs (experiments/README.md);
 # `base` and `large` follow the paper, but for Muon and fewer steps: for hours of sound, not thousands.
@@ -173,12 +172,6 @@ def train_step(t: Training, data, codec, step: int, args):
             optimizer.step()
     t.lm.zero_grad()
     return stream_losses, grad_norm, finite
-
-
-def cross_entropy(logits, codes):
-    """How surprising each code is, in nats: logits (B, K, F, V) and codes (B, K, F) to (B, K, F)."""
-    logits = logits.flatten(0, 2).float()  # codes last, or it takes several times as long
-    return F.cross_entropy(logits, codes.flatten(), reduction="none").view_as(codes)
 
 
 def learning_rate(peak: float, step: int, steps: int) -> float:

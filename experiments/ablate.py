@@ -62,7 +62,7 @@ def measure(args, judge, data, paths: tuple[str, str], guidances: tuple[int, ...
     real, _ = gather(val, {name: args.each for name in judge.categories if val[name]})
     lm = lm.to(D.fast_dtype(device)).pack()
     for guidance in guidances:
-        made = from_words(lm, codec, [prompt(train[name]) for name in names], guidance=guidance)
+        made = from_words(lm, codec, [prompt(train, name) for name in names], guidance=guidance)
         numbers = [measures.get(key, float("nan")) for key in keys]
         numbers.append(judge.recognised(made, names).mean())
         yield guidance, [f"{x:.3f}" for x in numbers] + [f"{judge.distance(real, made[comparable]):.1f}"]

@@ -133,7 +133,7 @@ def judge_sounds(args):
         (real, _), (like, names) = gather(val, counts), gather(train, counts)
         rows.append((f"real, training, {args.each} of each", like, names, real))
         names = [word for word in words for _ in range(args.each)]
-        made = from_words(lm, codec, [prompt(train[name]) for name in names], **options)
+        made = from_words(lm, codec, [prompt(train, name) for name in names], **options)
         rows.append((f"from words, guidance {args.guidance:g}", made, names, real))
 
     results = print_table(judge, rows, words, val)

@@ -24,18 +24,28 @@ def by_category(clips, names) -> dict[str, list]:
     return {name: [clip for clip in clips if category(clip) == name] for name in names}
 
 
+def clips_of(groups: dict, name: str) -> list:
+    """The clips of a category. UserError: there are none."""
+    if not groups[name]:
+        raise D.UserError(f"{name}: has no training clip, or no validation clip: name others with --words")
+    return groups[name]
+
+
 def gather(groups: dict, counts: dict):
     """So many clips of each category, from their beginning: waves (n, LENGTH), and their categories. They are
-    evenly spaced; where there are fewer, some come again."""
-    pairs = [(groups[name][i * len(groups[name]) // n], name) for name, n in counts.items() for i in range(n)]
-    return torch.stack([D.read_crop(clip, LENGTH) for clip, _ in pairs]), [name for _, name in pairs]
+    evenly spaced; where there are fewer, some come again. UserError: of one there are none."""
+    waves, names = [], []
+    for name, n in counts.items():
+        clips = clips_of(groups, name) if n else []
+        waves += [D.read_crop(clips[i * len(clips) // n], LENGTH) for i in range(n)]
+        names += n * [name]
+    return torch.stack(waves), names
 
 
-def prompt(clips: list) -> str:
-    """The shortest caption of a category's clips. UserError: there are no clips."""
-    if not clips:
-        raise D.UserError("a word has no training clip: name others with --words")
-    return min((caption for clip in clips for caption in clip.captions), key=lambda text: (len(text), text))
+def prompt(groups: dict, name: str) -> str:
+    """The shortest caption of a category's clips. UserError: there are none."""
+    captions = [caption for clip in clips_of(groups, name) for caption in clip.captions]
+    return min(captions, key=lambda text: (len(text), text))
 
 
 def through(codec, waves):
@@ -61,9 +71,6 @@ def three_versions(args):
     data = D.AudioData([args.data], "out")
     words = [word.strip() for word in args.words.split(",")]
     train, val = by_category(data.train, words), by_category(data.val, words)
-    for word in words:
-        if not (train[word] and val[word]):
-            raise D.UserError(f"--words {word}: {args.data} lacks validation or training clips of it")
-    real, prompts = gather(val, dict.fromkeys(words, 1))[0], [prompt(train[word]) for word in words]
+    real, prompts = gather(val, dict.fromkeys(words, 1))[0], [prompt(train, word) for word in words]
     made = from_words(lm, codec, prompts, guidance=args.guidance)
     return codec, prompts, (real, through(codec, real), made)

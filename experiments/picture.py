@@ -24,7 +24,7 @@ from sample import spectrogram
 def draw_sounds(args) -> None:
     """The grid of spectrograms: 80 dB, mel scale."""
     _, prompts, versions = three_versions(args)
-    rows = dict(zip(("real", "through the codec", "from the words alone"), versions))
+    rows = dict(zip(("real", "through the codec", "from words"), versions))
     figure, axes = plt.subplots(3, len(prompts), figsize=(2 * len(prompts) + 0.7, 5), squeeze=False)
     khz = [0.5, 1, 2, 4, 8]
     heights = [63 * math.log1p(f / 0.7) / math.log1p(8 / 0.7) for f in khz]
