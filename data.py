@@ -186,7 +186,7 @@ AUDIO = {".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".ai
 OTHER_MEDIA = {".m4a", ".aac", ".wma", ".mp4", ".webm", ".mkv", ".mov", ".avi"}  # not for libsndfile
 MEDIA = tuple(AUDIO | OTHER_MEDIA)
 TABLES = {".csv", ".tsv", ".json", ".jsonl"}
-TEXTS = {".txt", ".lab", ".json", ".srt", ".vtt", ".textgrid"}
+TEXTS = {".txt", ".lab", ".json", ".srt", ".vtt", ".textgrid", ".jams", ".eaf"}
 NO_TABLES = {".parquet", ".xlsx", ".xls", ".ods", ".pkl", ".yaml", ".yml", ".tar", ".tgz", ".zip"}
 
 # What columns of words are called, as patterns: of captions as they are, of one class, of tags to be joined.
@@ -202,6 +202,7 @@ RANKS = {"phylum", "order", "family", "genus"}  # of animals: a "class" beside t
 PEOPLE = "author|artist|speaker|annotator|recordist|recorder|uploader|user|user_?name|captioner|transcriber"
 MEANS = "licen[cs]e|device|microphone|manufacturer|format|gender|sex|language|locale|country|status|by"
 MEANS += "|classifier|identifier|verifier|model|dataset|collection|site|url|link|credits?|date|time|reward"
+MEANS += "|city|weather|channel_?layout|quality|problem|comments?|remarks?|predict(ed|ions?)|preds?"
 ABOUT = rf"(.*_)?({PEOPLE})(_(name|id|type))?|({MEANS})(_(name|id|type))?|.*_(by|id|idx|index|code)"
 ABOUT += "|((caption|label|text|tag|annotation)_)?source|super_?(category|class)"
 # Columns of splits, and of the numbers of folds and classes, which name no sounds: fold 1 is not 1.wav.
@@ -210,10 +211,15 @@ SPLITS += "|is_(train|test|val|valid|eval)(ing|idation|uation)?(_set|_split)?"
 CLASS_IDS = "(.*_)?(class|label|target|category)(_?(id|index|idx|code))?"
 SPLIT_WORDS = {"train": "train", "training": "train", "dev": "dev", "development": "dev"}
 SPLIT_WORDS |= dict.fromkeys(["val", "valid", "validation", "validate", "validating"], "val")
-SPLIT_WORDS |= dict.fromkeys(["test", "testing", "eval", "evaluation", "evaluate"], "test")
+SPLIT_WORDS |= dict.fromkeys(["test", "testing", "eval", "evaluation", "evaluate", "holdout"], "test")
+SHORT_SPLITS = {"tr": "train", "va": "val", "cv": "val", "te": "test", "tt": "test"}
+SHORT_SPLITS |= {"blind": "test"}  # in columns of splits only
 # Folders that are called so are no class of sounds.
-STRUCTURE = set("audio wav wavs flac mp3 ogg mono stereo raw clip clips sound sounds samples".split())
-STRUCTURE |= set("recording recordings file files data dataset fold folder subfolder".split())
+STRUCTURE = set("audio audios wav wavs flac mp3 ogg mono stereo raw clip clips sound sounds samples".split())
+STRUCTURE |= set("rec recs recording recordings file files data dataset fold folder subfolder disc".split())
+STRUCTURE |= set("all my new untitled misc unsorted output export imported backup temp tmp final".split())
+STRUCTURE |= set("processed normalized denoised resampled trimmed segments chunks stems loops".split())
+STRUCTURE.add("soundscapes")
 
 WRITTEN = ("codec_wavs", "lm_wavs")  # folders that the training scripts write into --out
 SHOWN = 10  # lines of one kind that are printed; the others are counted
@@ -223,6 +229,10 @@ csv.field_size_limit(2**31 - 1)  # Python's own limit is shorter than some capti
 
 class NoSounds(UserError):
     """A table none of whose columns names a sound: it may be about something else."""
+
+
+class NoWords(UserError):
+    """A table that names sounds and has no words for them: likewise."""
 
 
 @dataclass
@@ -274,7 +284,8 @@ OF_DATES += "|sat(urday)?|sun(day)?|[ap]m|gmt|utc"
 # 'Car-Horn-02' has eleven characters, as the ids of YouTube's films have, but is none.
 NAMELIKE = r"([A-Z]?[a-z]+|\d+)([-_]([A-Z]?[a-z]+|\d+))*\Z"
 NO_WORDS = re.compile(
-    r"true|false|nan|none|null|n/a"
+    r"true|false|nan|none|null|n/a|unknown|untitled|no caption|todo|tbd"
+    r"|#(ref|value|name|null|num|div/0)[!?]"  # errors of spreadsheets
     r"|(/[mgt]/\w+[ ,;]*)+|\w+://\S+|www\.\S+|/\S*|\S+\.[a-z]\w{1,3}"  # ids, addresses, paths, files
     rf"|(?=(\D*\d){{3}})([\d\W_]|(?<=\d)[tz]|({OF_DATES})(?![a-z]))+"  # dates
     r"|[0-9a-f-]{16,}"  # hashes
@@ -321,12 +332,15 @@ def is_words(text: str) -> bool:
 
 
 def pseudo_sentence(tags: str | list) -> str:
-    """The paper's sentence of tags: 'dog, bark, park' -> 'dog bark park', '001 - Dog_bark' -> 'dog bark'."""
+    """The paper's sentence of tags: 'dog, bark' -> 'dog bark', '001 - Dog_bark' -> 'dog bark'.
+
+    Numbers that come first or begin with 0 count files; in 'Boeing 747' they belong to the name."""
     text = " ".join(cell_texts(tags)).lower().replace("’", "'")
     # Letters, digits and marks: Hindi and Thai write vowels as marks, which \w would take for gaps.
     kept = "".join(char if char == "'" or unicodedata.category(char)[0] in "LNM" else " " for char in text)
-    words = [word.strip("'") for word in kept.split()]
-    return " ".join(word for word in words if word and not word.isdecimal())
+    words = list(filter(None, (word.strip("'") for word in kept.split())))
+    words = list(itertools.dropwhile(str.isdecimal, words))
+    return " ".join(word for word in words if not re.fullmatch(r"0\d*", word))
 
 
 # Splits: what trains and what validates, as columns, names of files, and folders say it.
@@ -352,6 +366,8 @@ def sides(names: Iterable[str]) -> dict[str, str]:
 def column_splits(name: str, cells: list) -> list[str]:
     """'train', 'val' or '' for each cell of a column. Of numbered folds the last validates, as in ESC-50."""
     texts = ["" if cell is None else str(cell).strip().lower() for cell in cells]
+    if re.fullmatch(SPLITS, family(name)):
+        texts = [SHORT_SPLITS.get(text, text) for text in texts]
     splits = sides(set(texts))
     folds = {text: re.fullmatch(r"(fold|set|split)?[ _-]?(\d+)(\.0)?", text) for text in splits}
     numbers = {text: int(match[2]) for text, match in folds.items() if match}
@@ -603,6 +619,7 @@ CLIP_NAME = re.compile(
     # The id of a YouTube film, after a Y in AudioCaps, and perhaps where the clip begins and ends.
     r"\[?Y?(?P<id>[\w-]{11})\]?([-_ .]+\[?(?P<start>\d+(\.\d+)?)([-_]\d+(\.\d+)?)?\]?)?"
     r"|(?P<number>\d+)__.+"  # as Freesound names its downloads
+    r"|XC(?P<recording>\d+)( - .+)?"  # as xeno-canto does
 )
 
 
@@ -622,7 +639,8 @@ class Sounds:
             for one in {key, key.casefold()}:
                 self.index[one].append(path)
             if match := CLIP_NAME.fullmatch(key):
-                self.clips[match["id"] or match["number"]].append((path, match["start"]))
+                number = match["id"] or match["number"] or match["recording"]
+                self.clips[number].append((path, match["start"]))
 
     def find(self, name: str, table: Table, i: int) -> list[str]:
         """The sounds of this name. Of clips from one film, row i of the table holds where they begin."""
@@ -901,8 +919,11 @@ def find_words(table: Table, taken: set) -> tuple[list[str], list[str]]:
     # Between columns that mostly agree any will do: LJSpeech writes numbers as digits and again as words.
     if ambiguous and 2 * sum(len(set(map(str, row))) == 1 for row in rows) < len(rows):
         raise UserError(f"{table.path}: columns {listed(best)} all hold words; choose with --words COLUMN")
-    if not known:
-        return (best, []) if any(" " in str(cell) for row in rows for cell in row) else ([], best)
+    if not known:  # a column of any name may hold sentences; single words may say anything
+        if any(" " in str(cell) for row in rows for cell in row):
+            return best, []
+        plain = len(table.columns) == 2 or all(map(str.isdecimal, best))  # a file and a word, or no header
+        return [], best if plain else []
     tags = [name for name in sorted(ranks, key=ranks.get) if FIRST_TAG <= ranks[name] < len(PATTERNS)]
     if best[0] in tags:
         return [], tags
@@ -926,6 +947,20 @@ def find_splits(table: Table, taken: set) -> str:
     return found
 
 
+def unknown_splits(table: Table, split: str, splits: list[str]) -> list[tuple[str, str]]:
+    """Notes on what a column of splits says that is neither train, val nor test."""
+    columns = [split] if split else [name for name in table.columns if re.fullmatch(SPLITS, family(name))]
+    said = splits if split else [""] * len(splits)
+    notes = []
+    for name in columns:
+        unknown = {str(cell) for cell, side in zip(table.columns[name], said) if cell and not side}
+        unknown = sorted(value for value in unknown if not re.search(r"\d", value))  # folds have numbers
+        if unknown:
+            what = f"column {name!r} says {listed(unknown)}: no split that is known, so these train"
+            notes.append(("", f"{table.path}: {what}"))
+    return notes
+
+
 # Entries: what the rows of a table say of its sounds.
 
 
@@ -938,14 +973,21 @@ def row_captions(table: Table, i: int, captions: list[str], tags: list[str]) -> 
     return list(filter(None, map(pseudo_sentence, words)))[:1]
 
 
-def check_rows(table: Table, match: Match):
-    """Refuse rows that are about moments in files, or were swallowed by a quote that is not closed."""
+def check_moments(table: Table, match: Match):
+    """Refuse rows that are about moments in files: of one file, several say when."""
     for name, cells in table.columns.items():
         times = re.search("(^|_)(onset|offset|start|begin|end|stop)(s|time)?(_|$)", family(name))
+        # Without a header, a column of numbers such as 2.5 is one of seconds.
+        times = times or (name.isdecimal() and all(re.fullmatch(r"\d+\.\d+", str(cell)) for cell in cells))
         moments = {(path, str(cell)) for path, cell in zip(match.paths, cells) if path and times and cell}
         if len(moments) > match.distinct:
             what = f"its rows are about moments in the files (column {name!r}), not about whole sounds"
-            raise UserError(f"{table.path}: {what}; cut the files there, or drop that column")
+            advice = "cut the files there, or name the columns of words with --words"
+            raise UserError(f"{table.path}: {what}; {advice}")
+
+
+def check_quotes(table: Table, match: Match):
+    """Refuse rows that were swallowed by a quote that is not closed."""
     place = list(table.columns).index(match.column)
     for cell in itertools.chain(*table.columns.values()) if table.delimiter else []:
         for line in cell.split("\n")[1:]:
@@ -986,7 +1028,9 @@ def table_entries(path: str, flags: Flags, notes: list) -> list[Entry]:
     """The entries of a table; what is left out, and why, goes to notes."""
     table = read_table(path, notes)
     match = find_files(table, flags.files)
-    check_rows(table, match)
+    check_quotes(table, match)
+    if not flags.words:
+        check_moments(table, match)
     return join_rows(table, match, flags, notes)
 
 
@@ -996,6 +1040,7 @@ def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Ent
     splits = column_splits(split, table.cells(split)) if split else place_splits(table.path, match.paths)
     if flags.split and not any(splits):
         raise UserError(f"{table.path}: column {split!r} has no train, val or test, and no folds")
+    notes += unknown_splits(table, split, splits)
     words = table
     taken = {match.column, split, *repeats_names(table, match)}
     captions, tags = (flags.words, []) if flags.words else find_words(table, taken)
@@ -1005,16 +1050,20 @@ def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Ent
         words = beside_table(match.sounds, match.paths, notes)
         captions, tags = find_words(words, set())
     if not (captions or tags):
-        what = f"no column holds words, of {listed(table.columns)}; choose with --words COLUMN"
-        raise UserError(f"{table.path}: {what} (class_labels_indices.csv beside it names ids such as /m/0a)")
+        what = f"which column holds captions, of {listed(table.columns)}? choose with --words COLUMN"
+        ids = any(re.search(r"/[mgt]/\w", str(cell)) for cells in table.columns.values() for cell in cells)
+        hint = " (class_labels_indices.csv beside it names ids such as /m/0a)" if ids else ""
+        raise NoWords(f"{table.path}: {what}{hint}")
     classes = [name for name in captions + tags if re.fullmatch(CLASSES, family(name))]
     entries: dict[str, Entry] = {}
+    by_tags = 0
     for i, sound in enumerate(match.paths):
         path, texts = os.path.join(match.sounds.root, sound), row_captions(words, i, captions, tags)
         if not sound or not texts:
             cell = table.columns[match.column][i]
             notes.append(("no words", path) if sound else ("no such sound", str(cell)))
             continue
+        by_tags += bool(captions and tags) and not row_captions(words, i, captions, [])
         if path not in entries:
             category = str(words.columns[classes[0]][i] or "") if classes else ""
             one = is_words(category) and not re.search(r"[,;|\[]", category)
@@ -1026,6 +1075,7 @@ def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Ent
     where = os.path.commonpath(list(map(os.path.dirname, entries)))
     told = repr(split) if split else "names" if any(splits) else "nothing"
     said = f"files from {match.column!r} in {where}, words from {listed(captions or tags[:1])}"
+    said += f" (of {by_tags} rows from {listed(tags)})" if by_tags else ""
     notes.append(("", f"{words.path}: {said}, splits from {told}"))
     return list(entries.values())
 
@@ -1082,8 +1132,42 @@ def class_of(path: str, no_classes: set[str]) -> str:
     return ""
 
 
-def tables_entries(folder: str, tables: list[str], flags: Flags, notes: list) -> list[Entry]:
-    """The entries of those tables in a folder that name sounds: of one, or of a table for each split."""
+def listed_splits(sounds: Sounds, notes: list) -> tuple[dict[str, str], set[str]]:
+    """{path: 'train' or 'val'} of the sounds that lists such as testing_list.txt name, and these lists.
+
+    A list holds a name in each line and nothing else. What none names trains, unless one says what does."""
+    splits, lists = {}, set()
+    files = [path for path in sounds.others if kind_of(path) in TABLES | {"", ".txt", ".lst"}]
+    for path, side in sides(path for path in files if split_word(os.path.basename(path))).items():
+        full = os.path.join(sounds.root, path)
+        with contextlib.suppress(UserError):
+            lines = [line for line in read_text(full, []).split("\n") if line.strip()]
+            if re.search(r"[,;|\t{]", "".join(lines[:50])):  # a table
+                continue
+            match = find_files(Table(full, {"name": lines}), "name")
+            named = [os.path.join(match.sounds.root, sound) for sound in match.paths if sound]
+            if 2 * len(named) >= len(lines):
+                splits |= dict.fromkeys(named, side)
+                lists.add(path)
+    if lists:
+        notes.append(("", f"{sounds.root}: splits from the lists {listed(sorted(lists))}"))
+    return splits, lists
+
+
+def refuse_two_readings(folder: str, entries: list[Entry], classes: list[str]):
+    """UserError: tables have words for a few sounds only, and all lie in folders called like classes.
+
+    They may be about something else, such as the sounds that are damaged."""
+    if 2 * len(entries) < len(classes) and all(classes) and len(set(classes)) > 1:
+        what = f"a table has words for {len(entries)} of {len(classes)} sounds"
+        advice = "give that table itself as the source, or move it elsewhere"
+        raise UserError(f"{folder}: {what}, but folders are called like classes; {advice}")
+
+
+def tables_entries(folder: str, tables: list[str], classes: bool, flags: Flags, notes: list) -> list[Entry]:
+    """The entries of those tables in a folder that name sounds: of one, or of a table for each split.
+
+    Where the folders are `classes`, a table without words is about something else, too."""
     read, failed = {}, {}
     for path in tables:
         try:
@@ -1091,7 +1175,8 @@ def tables_entries(folder: str, tables: list[str], flags: Flags, notes: list) ->
         except UserError as error:
             failed[path] = error
     for path, error in failed.items():
-        other = isinstance(error, NoSounds) or kind_of(path) == ".txt"  # about something else, such as notes
+        other = isinstance(error, NoSounds) or (classes and isinstance(error, NoWords))
+        other = other or kind_of(path) == ".txt"  # such as notes
         if not other and (not read or split_word(path)):
             raise error
         notes.append(("a table that names no sound here, or is not understood", f"{path} ({error})"))
@@ -1127,40 +1212,55 @@ def refuse_unread_words(sounds: Sounds, paths: list[str], others: list[str], cla
                 what = f"{path} seems to list a split"
                 raise UserError(f"{sounds.root}: {what}; save a table of path, label and split")
         if has_words:
-            raise UserError(f"{sounds.root}: {path} is not understood; python data.py {path} says why")
+            raise UserError(f"{full} is not understood; python data.py {shell_quote(full)} says why")
 
 
 def folder_entries(folder: str, flags: Flags, notes: list) -> list[Entry]:
+    """The entries of a folder, and what lists of names in it say of their splits."""
+    sounds = walk(folder)
+    splits, lists = listed_splits(sounds, notes)
+    sounds.others = [path for path in sounds.others if path not in lists]
+    entries = described_entries(sounds, flags, notes)
+    unlisted = "" if "train" in splits.values() else "train"
+    for entry in entries if splits else []:
+        entry.split = splits.get(entry.path) or entry.split or unlisted
+    return entries
+
+
+def described_entries(sounds: Sounds, flags: Flags, notes: list) -> list[Entry]:
     """The entries of a folder: metadata.csv counts for more than words beside the sounds, these for more than
     other tables, and tables for more than the names of folders."""
-    sounds = walk(folder)
+    folder = sounds.root
     paths = list({stem(path): path for path in sounds.paths}.values())
     notes += [("the same clip in another format", path) for path in sorted(set(sounds.paths) - set(paths))]
     described = set(map(stem, paths))
     others = [path for path in sounds.others if os.path.splitext(path)[0] not in described]
     tables = [path for path in others if kind_of(path) in TABLES | {".txt"}]
-    tables = [path for path in tables if not re.search("readme|licen[cs]e", path.lower())]
+    tables = [path for path in tables if not re.search("readme|licen[cs]e|submission", path.lower())]
     metadata = [path for path in tables if METADATA.search(path)]
-    entries = tables_entries(folder, metadata, flags, notes)
+    no_classes = {*folder_splits(paths), *numbered_folders(paths)}
+    classes = [class_of(path, no_classes) for path in paths]
+
+    entries = tables_entries(folder, metadata, False, flags, notes)
     if not entries:
         beside = beside_table(sounds, paths, notes)
         words = flags.words or sum(find_words(beside, {"path"}), [])
         if not beside.columns.keys().isdisjoint(words):
             return join_rows(beside, Match("path", sounds, paths), flags, notes)
-        entries = tables_entries(folder, [path for path in tables if path not in metadata], flags, notes)
-    if not entries:
-        return class_entries(sounds, paths, others, flags, notes)
+        rest = [path for path in tables if path not in metadata]
+        entries = tables_entries(folder, rest, len(set(classes) - {""}) > 1, flags, notes)
+        if not entries:
+            return class_entries(sounds, paths, others, classes, flags, notes)
+        refuse_two_readings(folder, entries, classes)
     have_rows = {entry.path for entry in entries}
     notes += [("no row of a table", p) for p in paths if os.path.join(folder, p) not in have_rows]
     return entries
 
 
 def class_entries(
-    sounds: Sounds, paths: list[str], others: list[str], flags: Flags, notes: list
+    sounds: Sounds, paths: list[str], others: list[str], classes: list[str], flags: Flags, notes: list
 ) -> list[Entry]:
-    """The entries of a folder in which nothing but the names of folders says what sounds."""
-    no_classes = {*folder_splits(paths), *numbered_folders(paths)}
-    classes = [class_of(path, no_classes) for path in paths]
+    """The entries of a folder in which nothing but the names of folders, `classes`, says what sounds."""
     refuse_unread_words(sounds, paths, others, any(classes))
     unread = "not read; ffmpeg -i X.m4a X.wav makes it readable"
     notes += [(unread, path) for path in others if kind_of(path) in OTHER_MEDIA]
@@ -1168,6 +1268,7 @@ def class_entries(
         what = f"no usable sound among {len(classes)}; expected clip.txt beside clip.wav, folders of classes"
         raise UserError(f"{sounds.root}: {what}, or a table; if it lies elsewhere, give it as the source")
     what = "no table of sounds and no texts, so the names of folders are categories"
+    what += f"; all sounds are called {classes[0]!r}" if len(set(classes)) == 1 else ""
     notes.append(("", f"{sounds.root}: {what}"))
     table = Table(sounds.root, {"path": paths, "category": classes})
     return join_rows(table, Match("path", sounds, paths), flags, notes)

@@ -267,6 +267,8 @@ TABLES_OF_ONE = {  # what is read for a.wav
     "file,name,label\na.wav,a,rain\nb.wav,b,wind\n": ["rain"],
     "file,class,order,family,species\na.wav,Aves,x y,y z,a crow\n": ["a crow"],
     "file,fold,label\na.wav,1,rain\n": ["rain"],
+    "file,label\na.wav,002_Boeing 747\n": ["boeing 747"],
+    "file,caption\na.wav,#REF!\na.wav,rain\n": ["rain"],
     ",path,fold\n0,a.wav,rain falls\n": ["rain falls"],
 }
 REFUSED_TABLES = {
@@ -277,6 +279,9 @@ REFUSED_TABLES = {
     "path,caption_en,caption_fr\na.wav,rain,la pluie\nb.wav,wind,le vent\n": "--words",
     "one,two,caption\na.wav,b.wav,rain\nb.wav,a.wav,wind\n": "--files",
     "path,onset,event\na.wav,0.1,dog\na.wav,0.9,cat\nb.wav,0,dog\n": "moments",
+    "a.wav\t0.1\t0.5\tdog\na.wav\t0.9\t1.5\tcat\n": "moments",
+    "path,what,where\na.wav,rain,here\nb.wav,wind,there\n": "--words",
+    "path,foo,number\na.wav,rain,1\nb.wav,wind,2\n": "--words",
     '{"audio": [{"file": "a.wav"}], "categories": [{"name": "dog"}]}': "several tables",
     b"PAR1\0\0\0": "not text",
     "path,caption\na.wav,идёт дождь\nb.wav,ветер дует\n".encode("cp1251"): "UTF-8",
@@ -312,7 +317,7 @@ def test_the_ids_of_audioset_are_named_by_its_list_of_classes(tmp_path):
 
 def test_words_that_lie_unread_beside_class_folders_are_refused(tmp_path):
     sounds = ["bed/a.wav", "cat/b.wav"]
-    unread = ["bed/a.lab", "bed/a.normalized.txt", "captions.xlsx", "captions.csv", "train.lst"]
+    unread = ["bed/a.lab", "bed/a.normalized.txt", "bed/a.jams", "captions.xlsx", "captions.csv"]
     for i, name in enumerate(unread):
         text = {name: "x,y\nfar.wav,rain falls\n" if name == "captions.csv" else "bed/a.wav\n"}
         assert os.path.basename(name) in refusal(tmp_path / str(i), sounds, text, "")
@@ -370,6 +375,7 @@ NAMES = {
     "x/Abc4efgh1jk_000030.wav": "Abc4efgh1jk,30,",
     "x/[Abc4efgh1jk]-[30-40].wav": "id,s,label\nAbc4efgh1jk,30,",
     "x/123__me__dog.wav": "id,label\n123,",
+    "x/XC123 - A Blackbird.wav": "id,label\n123,",
     "x/Dog.WAV": "file,label\ndog.wav,",
     "x/dog.wav": "file,label\nDog.WAV,",
     "x/cafe\u0301.wav": "file,label\ncaf\u00e9.wav,",
@@ -415,7 +421,40 @@ def test_splits_are_columns_or_names_of_tables_or_folders_whose_siblings_are_spl
         assert list(read(tmp_path / str(i), sounds, {}, source)[1].values()) == splits
     files = {"train.csv": "path,caption\na.wav,rain falls\n", "test.csv": "path,caption\nb.wav,wind blows\n"}
     assert read(tmp_path / "names", ["a.wav", "b.wav"], files, "")[1] == {"a.wav": "train", "b.wav": "val"}
-    assert "table" in refusal(tmp_path / "x", ["yes/1.wav"], {"testing_list.txt": "yes/1.wav\n"}, "")
+
+
+def test_lists_of_names_are_splits_beside_captions_texts_and_class_folders(tmp_path):
+    lists = {"testing_list.txt": "yes/1.wav\n", "validation_list.txt": "no/3.wav\nno/4.wav\n"}
+    sounds = ["yes/1.wav", "yes/2.wav", "no/3.wav", "no/4.wav", "no/5.wav"]  # Speech Commands
+    captions, splits, log = read(tmp_path / "classes", sounds, lists, "")
+    assert captions == {sound: [sound.split("/")[0]] for sound in sounds} and "splits from the lists" in log
+    assert [splits[sound] for sound in sounds] == ["val", "train", "val", "val", "train"]
+    lists = {"splits/train": "a\n", "splits/test": "b\n"}
+    for words in ({"t.csv": "file,caption\na.wav,rain\nb.wav,wind\n"}, {"a.txt": "rain", "b.txt": "wind"}):
+        found = read(tmp_path / str(len(words)), ["a.wav", "b.wav"], words | lists, "")
+        assert found[:2] == ({"a.wav": ["rain"], "b.wav": ["wind"]}, {"a.wav": "train", "b.wav": "val"})
+    splits = {"splits.json": '{"train": ["yes/1.wav"]}'}  # is not read, and says so
+    assert "seems to list a split" in refusal(tmp_path / "x", ["yes/1.wav", "no/2.wav"], splits, "")
+
+
+def test_a_table_of_something_else_does_not_take_the_place_of_class_folders(tmp_path):
+    sounds = ["dog/1.wav", "cat/2.wav", "cat/3.wav", "cow/4.wav", "cow/5.wav"]
+    classes = {sound: [sound.split("/")[0]] for sound in sounds}
+    tables = {
+        "sample_submission.csv": "file,label\ncat/2.wav,silence\n",
+        "predictions.csv": "file,pred\ndog/1.wav,cat\ncat/2.wav,cow\n",
+        "durations.csv": "file,seconds\ndog/1.wav,1.5\ncat/2.wav,2.5\n",
+    }
+    for name, text in tables.items():
+        assert read(tmp_path / name, sounds, {name: text}, "")[0] == classes
+    errata = {"errata.csv": "file,caption\ncat/2.wav,too quiet\n"}
+    assert "words for 1 of 5 sounds" in refusal(tmp_path / "errata", sounds, errata, "")
+
+
+def test_what_a_column_of_splits_says_and_nobody_knows_is_told(tmp_path):
+    table = "path,caption,split\na.wav,rain falls,train\nb.wav,wind blows,Extra\nc.wav,a dog,cv\n"
+    _, splits, log = read(tmp_path, ["a.wav", "b.wav", "c.wav"], table)
+    assert [*splits.values()] == ["train", "", "val"] and "says 'Extra': no split" in log
 
 
 def test_in_a_folder_texts_beat_tables_and_both_beat_names_of_classes(tmp_path):
