@@ -205,6 +205,9 @@ MEANS += "|classifier|identifier|verifier|model|dataset|collection|site|url|link
 MEANS += "|city|weather|channel_?layout|quality|problem|comments?|remarks?|predict(ed|ions?)|preds?"
 ABOUT = rf"(.*_)?({PEOPLE})(_(name|id|type))?|({MEANS})(_(name|id|type))?|.*_(by|id|idx|index|code)"
 ABOUT += "|((caption|label|text|tag|annotation)_)?source|super_?(category|class)"
+# What a language model was asked is no caption where its answer stands beside it.
+ASKED = "prompt|question|instruction|input"
+ANSWERED = "responses?|(.*_)?outputs?|answers?|generated_texts?|completions?"
 # Columns of splits, and of the numbers of folds and classes, which name no sounds: fold 1 is not 1.wav.
 SPLITS = "(data_?|dataset_)?(split|subset|set|partition)s?|(cv_?|k_?)?folds?(_?(id|index|number|nr|no))?"
 SPLITS += "|is_(train|test|val|valid|eval)(ing|idation|uation)?(_set|_split)?"
@@ -219,7 +222,7 @@ STRUCTURE = set("audio audios wav wavs flac mp3 ogg mono stereo raw clip clips s
 STRUCTURE |= set("rec recs recording recordings file files data dataset fold folder subfolder disc".split())
 STRUCTURE |= set("all my new untitled misc unsorted output export imported backup temp tmp final".split())
 STRUCTURE |= set("processed normalized denoised resampled trimmed segments chunks stems loops".split())
-STRUCTURE.add("soundscapes")
+STRUCTURE |= set("soundscapes recorded consolidate freeze bounces media takes".split())
 
 WRITTEN = ("codec_wavs", "lm_wavs")  # folders that the training scripts write into --out
 SHOWN = 10  # lines of one kind that are printed; the others are counted
@@ -313,13 +316,17 @@ def parsed(cell: str) -> object:
     return cell
 
 
+ASKING = ("user", "system")  # the roles in a chat that do not answer
+
+
 def cell_texts(cell: object) -> list[str]:
     """The texts in a cell, cleaned: of a string, of a list of strings, of the values of a dictionary, or of
     one of these written as a string."""
     if isinstance(cell, str) and cell[:1] + cell[-1:] in ("[]", "{}"):
         cell = parsed(cell)
-    if isinstance(cell, dict):
-        return [text for value in cell.values() for text in cell_texts(value)]
+    if isinstance(cell, dict):  # of a chat, what was answered, and not by whom
+        values = [] if cell.get("role") in ASKING else [cell[key] for key in cell if key != "role"]
+        return [text for value in values for text in cell_texts(value)]
     if isinstance(cell, list):
         return [text for item in cell if isinstance(item, str) for text in cell_texts(item)]
     text = clean_caption(cell) if isinstance(cell, str) else ""
@@ -592,7 +599,10 @@ def rows_table(path: str, rows: list[dict]) -> Table:
             if isinstance(cell, dict):
                 cells |= flat(cell, f"{above}{name}.")
             elif isinstance(cell, list) and cell and all(isinstance(part, dict) for part in cell):
-                for key in dict.fromkeys(key for part in cell for key in part):
+                cell = [part for part in cell if part.get("role") not in ASKING]
+                if len(cell) > 1 and all(isinstance(part.get("score"), float) for part in cell):
+                    cell = [max(cell, key=lambda part: part["score"])]  # the best of several guesses
+                for key in dict.fromkeys(key for part in cell for key in part if key != "role"):
                     values = [part[key] for part in cell if key in part]
                     cells[f"{above}{name}.{key}"] = values[0] if len(values) == 1 else values
             else:
@@ -619,7 +629,7 @@ CLIP_NAME = re.compile(
     # The id of a YouTube film, after a Y in AudioCaps, and perhaps where the clip begins and ends.
     r"\[?Y?(?P<id>[\w-]{11})\]?([-_ .]+\[?(?P<start>\d+(\.\d+)?)([-_]\d+(\.\d+)?)?\]?)?"
     r"|(?P<number>\d+)__.+"  # as Freesound names its downloads
-    r"|XC(?P<recording>\d+)( - .+)?"  # as xeno-canto does
+    r"|(XC|ML)(?P<recording>\d+)( - .+)?"  # as xeno-canto and the Macaulay Library do
 )
 
 
@@ -645,9 +655,9 @@ class Sounds:
     def find(self, name: str, table: Table, i: int) -> list[str]:
         """The sounds of this name. Of clips from one film, row i of the table holds where they begin."""
         key = name_key(name)
-        found = self.index.get(key) or self.index.get(key.casefold())
-        if found:
-            return found
+        for one in (key, key.casefold(), re.sub("^[0-9a-f]{8}-", "", key)):  # as Label Studio renames files
+            if self.index.get(one):
+                return self.index[one]
         # 'barking-dog.wav' has as many letters as a film's id.
         clips = self.clips.get(key, []) if key == name or not is_words(key) else []
         cells = [str(column[i]).strip() for column in table.columns.values()] if clips else []
@@ -699,6 +709,8 @@ class Match:
 
 def split_path(cell: object) -> tuple[str, str]:
     r"""The folder and the name in a cell, also of an address or with \; ('', '') if it is no name."""
+    if isinstance(cell, list) and len(cell) == 1:
+        cell = cell[0]
     if isinstance(cell, float) and cell.is_integer():
         cell = int(cell)
     if type(cell) not in (str, int):
@@ -898,9 +910,11 @@ def rank_words(table: Table, taken: set) -> dict[str, int]:
 
     A column whose name says nothing, and whose cells all say the same, is a remark, not a caption."""
     ranks = {}
+    answered = any(re.fullmatch(ANSWERED, family(name)) for name in table.columns)
     animals = len(RANKS.intersection(map(family, table.columns))) > 1
     for name, cells in table.columns.items():
-        if name in taken or re.fullmatch(ABOUT, family(name)) or not holds_words(cells):
+        asked = answered and re.fullmatch(ASKED, family(name))
+        if name in taken or asked or re.fullmatch(ABOUT, family(name)) or not holds_words(cells):
             continue
         known = [] if animals and family(name) == "class" else PATTERNS
         fitting = [i for i, pattern in enumerate(known) if re.fullmatch(pattern, family(name))]
@@ -1089,20 +1103,39 @@ METADATA = re.compile(r"(^|/)metadata\.\w+$")  # Hugging Face: a table of the fo
 MOMENT = re.compile(r"(\d+[.,]\d+\s+\d+[.,]\d+|\d+\t\d+|0\s+\d{4,})\s+")
 
 
+def places_of_texts(path: str) -> list[tuple]:
+    """Keys under which a sound meets its text: beside it, or where one folder is called otherwise.
+
+    So audio/train/a.wav has a text in audio/train/a.txt or in captions/train/a.txt."""
+    *folders, name = unicodedata.normalize("NFC", path).casefold().split("/")
+    return [(*folders, name), *((i, *folders[:i], *folders[i + 1 :], name) for i in range(len(folders)))]
+
+
 def beside_table(sounds: Sounds, paths: list[str], notes: list) -> Table:
-    """A row for each sound: what a .txt (a caption a line) or .json of its name says that lies beside it."""
-    rows, texts = [], {path.casefold(): os.path.join(sounds.root, path) for path in sounds.others}
+    """A row for each sound: what a .txt (a caption a line) or .json of its name says that lies beside it, or
+    in a folder of texts beside that of sounds."""
+    rows, texts = [], {}
+    for path in sounds.others:
+        keys = places_of_texts(path) if kind_of(path) in (".txt", ".json") else []
+        elsewhere = kind_of(path) == ".txt" and not sounds.sizes[os.path.dirname(path)]
+        texts |= dict.fromkeys(keys if elsewhere else keys[:1], os.path.join(sounds.root, path))
+
+    def text_of(path: str, kind: str) -> str:
+        """The text of this kind that belongs to a sound, or ''."""
+        found = [texts[key] for key in places_of_texts(stem(path) + kind) if key in texts]
+        return read_text(found[0], notes) if found else ""
+
     for path in paths:
-        name, row = stem(path).casefold(), {"path": path}
+        row = {"path": path}
         try:
-            lines = read_text(texts[name + ".txt"], notes).split("\n") if name + ".txt" in texts else []
+            lines = text_of(path, ".txt").split("\n")
             if any(lines) and all(MOMENT.match(line) for line in lines if line):
                 events = [MOMENT.sub("", line, count=1) for line in lines]
                 row["captions of events"] = [] if any("\t" in event for event in events) else events
             elif any(lines) and not any(line.count("\t") > 1 for line in lines):  # a table is no caption
                 row["caption"] = lines
-            elif name + ".json" in texts:
-                row |= json.loads(read_text(texts[name + ".json"], notes))
+            elif data := text_of(path, ".json"):
+                row |= json.loads(data)
         except (UserError, ValueError, TypeError) as why:
             notes.append(("the text beside it cannot be read", f"{path} ({why})"))
         rows.append(row)
@@ -1122,14 +1155,29 @@ def numbered_folders(paths: Iterable[str]) -> set[str]:
     return numbered
 
 
-def class_of(path: str, no_classes: set[str]) -> str:
-    """The deepest folder of a relative path that is called by a word, and not train/, audio/ or fold1/."""
-    for folder in reversed(folders_of(path)):
+def class_names(paths: list[str]) -> list[str]:
+    """For each sound the deepest folder that is called by a word, and not train/, audio/ or fold1/, or ''.
+
+    Where that name lies in several classes, as indoor/ does in dog/ and in cat/, theirs is put before it."""
+    no_classes = {*folder_splits(paths), *numbered_folders(paths)}
+
+    def named(folder: str) -> str:
         words = pseudo_sentence(name_key(os.path.basename(folder))).split()
         spoken = [word for word in words if not re.search(r"\d", word) and word not in STRUCTURE]
-        if is_words(os.path.basename(folder).replace("_", " ")) and spoken and folder not in no_classes:
-            return " ".join(words)
-    return ""
+        is_class = is_words(os.path.basename(folder).replace("_", " ")) and spoken
+        return " ".join(words) if is_class and folder not in no_classes else ""
+
+    names = {folder: named(folder) for path in paths for folder in folders_of(path)}
+    chains = [[names[folder] for folder in reversed(folders_of(path)) if names[folder]] for path in paths]
+    above = collections.defaultdict(set)  # {the deepest name: the names above it}
+    for deepest, *others in filter(None, chains):
+        above[deepest] |= set(others[:1])
+    divided = set().union(*(parents for parents in above.values() if len(parents) > 1))
+    classes = []
+    for chain in chains:
+        depth = 2 if divided.intersection(chain[1:2]) else 1
+        classes.append(" ".join(reversed(chain[:depth])))
+    return classes
 
 
 def listed_splits(sounds: Sounds, notes: list) -> tuple[dict[str, str], set[str]]:
@@ -1238,9 +1286,7 @@ def described_entries(sounds: Sounds, flags: Flags, notes: list) -> list[Entry]:
     tables = [path for path in others if kind_of(path) in TABLES | {".txt"}]
     tables = [path for path in tables if not re.search("readme|licen[cs]e|submission", path.lower())]
     metadata = [path for path in tables if METADATA.search(path)]
-    no_classes = {*folder_splits(paths), *numbered_folders(paths)}
-    classes = [class_of(path, no_classes) for path in paths]
-
+    classes = class_names(paths)
     entries = tables_entries(folder, metadata, False, flags, notes)
     if not entries:
         beside = beside_table(sounds, paths, notes)

@@ -267,6 +267,9 @@ TABLES_OF_ONE = {  # what is read for a.wav
     "file,name,label\na.wav,a,rain\nb.wav,b,wind\n": ["rain"],
     "file,class,order,family,species\na.wav,Aves,x y,y z,a crow\n": ["a crow"],
     "file,fold,label\na.wav,1,rain\n": ["rain"],
+    "file,prompt,response\na.wav,describe this sound,rain falls\n": ["rain falls"],
+    '[{"x": ["a.wav"], "m": [{"role": "user", "t": "what?"}, {"role": "model", "t": "rain"}]}]': ["rain"],
+    '[{"path": "a.wav", "p": [{"score": 0.2, "label": "wind"}, {"score": 0.7, "label": "rain"}]}]': ["rain"],
     "file,label\na.wav,002_Boeing 747\n": ["boeing 747"],
     "file,caption\na.wav,#REF!\na.wav,rain\n": ["rain"],
     ",path,fold\n0,a.wav,rain falls\n": ["rain falls"],
@@ -376,6 +379,7 @@ NAMES = {
     "x/[Abc4efgh1jk]-[30-40].wav": "id,s,label\nAbc4efgh1jk,30,",
     "x/123__me__dog.wav": "id,label\n123,",
     "x/XC123 - A Blackbird.wav": "id,label\n123,",
+    "x/dog.flac": "file,label\n/data/upload/1/9a3e12d4-dog.wav,",
     "x/Dog.WAV": "file,label\ndog.wav,",
     "x/dog.wav": "file,label\nDog.WAV,",
     "x/cafe\u0301.wav": "file,label\ncaf\u00e9.wav,",
@@ -480,6 +484,22 @@ def test_in_a_folder_texts_beat_tables_and_both_beat_names_of_classes(tmp_path):
     assert "parquet" in refusal(tmp_path, ["c/1.wav"], {"c/metadata.parquet": "x"}, "c")
     for name in ["t.parquet", "t.xlsx", "t.yaml", "t.tar", "t.pkl", "a.m4a", "a.wav"]:
         assert "give" in refusal(tmp_path, [], {name: "x"}, name)
+
+
+def test_texts_may_lie_in_a_folder_beside_that_of_sounds(tmp_path):
+    for i, (sounds, texts) in enumerate((("a/{}.wav", "b/{}.txt"), ("a/{}/x.wav", "b/{}/x.txt"))):
+        captions = {texts.format("one"): "rain falls", texts.format("two"): "wind blows"}
+        found = read(tmp_path / str(i), [sounds.format("one"), sounds.format("two")], captions, "")[0]
+        assert found == {sounds.format("one"): ["rain falls"], sounds.format("two"): ["wind blows"]}
+    composed, decomposed = "T\u00fcr", "Tu\u0308r"  # as Windows and macOS write it
+    found = read(tmp_path / "t", [f"{decomposed}.wav"], {f"{composed}.txt": "a door"}, "")[0]
+    assert found == {f"{decomposed}.wav": ["a door"]}
+
+
+def test_a_class_that_lies_in_several_is_named_with_them(tmp_path):
+    sounds = ["dog/indoor/1.wav", "cat/indoor/2.wav", "cat/outdoor/3.wav", "cow/wav/4.wav"]
+    captions = [caption for [caption] in read(tmp_path, sounds, {}, "")[0].values()]
+    assert sorted(captions) == ["cat indoor", "cat outdoor", "cow", "dog indoor"]
 
 
 def test_the_command_shows_and_saves_what_is_read_back_identically(tmp_path, monkeypatch, capsys):
