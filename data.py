@@ -1541,8 +1541,7 @@ class AudioData:
     """All sources as one list of clips, from which training draws crops.
 
     Of 'a.csv:2' and 'b.csv' the first is drawn twice as often; without weights, each by what it holds. Within
-    a source, a clip is drawn as often as it fills crops, and a shorter one as often as if it filled one: by
-    their mere length, doors and knocks would hardly ever be heard beside rain."""
+    a source, see `drawing_chances`."""
 
     def __init__(self, sources: list[str], folder: str, log: Callable = print, **columns):
         names, weights = zip(*map(split_weight, sources))
@@ -1554,8 +1553,10 @@ class AudioData:
         if not self.train:
             raise UserError(f"{' '.join(sources)}: all clips are for testing; name training clips as well")
         log(f"training on {len(self.train)} clips, validating on {len(self.val)}")
-        lengths = [np.array([clip.length for clip in part if clip.split != "val"], float) for part in parts]
-        self.sources = list(zip(lengths, weights)) if any(weights) else [(np.concatenate(lengths), 1.0)]
+        self.sources = [(self.train, 1.0)]  # lists of clips, and how often each is drawn
+        if any(weights):
+            train = [[clip for clip in part if clip.split != "val"] for part in parts]
+            self.sources = [(part, weight or 1.0) for part, weight in zip(train, weights)]
         self.cumulative: dict[int, np.ndarray] = {}  # by the length of the crops, see `chances`
 
     @classmethod
@@ -1567,8 +1568,8 @@ class AudioData:
     def chances(self, length: int) -> np.ndarray:
         """For crops of `length` samples, the chance that one of the first n training clips is drawn (n,)."""
         if length not in self.cumulative:
-            crops = [(np.maximum(lengths, length), weight or 1.0) for lengths, weight in self.sources]
-            chance = np.concatenate([weight * n / max(1, n.sum()) for n, weight in crops])
+            parts = [weight * drawing_chances(clips, length) for clips, weight in self.sources if clips]
+            chance = np.concatenate(parts)
             self.cumulative[length] = np.cumsum(chance / chance.sum())
         return self.cumulative[length]
 
@@ -1614,6 +1615,18 @@ class AudioData:
         n = min(limit or len(self.val), len(self.val))
         clips = [self.val[i * len(self.val) // n] for i in range(n)]
         return torch.stack([read_crop(clip, length) for clip in clips]), clips
+
+
+def drawing_chances(clips: list[Clip], length: int) -> np.ndarray:
+    """How likely each clip of a source is drawn for crops of `length` samples (n,).
+
+    It is drawn as often as it fills crops, and a shorter one as often as if it filled one: by their mere
+    length, doors and knocks would hardly ever be heard beside rain. Of two categories, one that fills four
+    times as many crops is drawn twice as often: rare ones are to be learnt, too."""
+    crops = np.maximum([clip.length for clip in clips], length) / length
+    _, category = np.unique([clip.category for clip in clips], return_inverse=True)
+    chance = crops / np.sqrt(np.bincount(category, crops))[category]
+    return chance / chance.sum()
 
 
 def choose_splits(parts: list[list[Clip]]) -> None:

@@ -721,7 +721,7 @@ def test_batches_depend_on_the_generator_alone_and_draw_one_of_several_captions(
 
 def test_a_crop_knows_its_place_and_a_short_clip_is_drawn_whole_and_as_often_as_if_it_filled_one(tmp_path):
     data = audio_data(tmp_path, ("long.wav", hiss(0.9), "rain"), ("short.wav", hiss(0.1), "knock"))
-    data.train, data.sources = data.clips, [(np.array([clip.length for clip in data.clips]), 1.0)]
+    data.train, data.sources = data.clips, [(data.clips, 1.0)]
     for length, share in ((100, 0.1), (RATE * 3 // 10, 0.25), (RATE, 0.5)):
         crops = data.batch(2000, length, rng())
         assert [crop.caption for crop in crops].count("knock") / 2000 == approx(share, abs=0.045)
@@ -730,6 +730,13 @@ def test_a_crop_knows_its_place_and_a_short_clip_is_drawn_whole_and_as_often_as_
             padded = np.pad(crop.clip.samples / 32767, length).astype(np.float32)
             assert_close(crop.wave, torch.from_numpy(padded[length + crop.begin :][:length]))
             assert -length // 10 <= crop.begin <= max(0, crop.clip.length - length)
+
+
+def test_a_category_with_four_times_as_many_clips_is_drawn_twice_as_often(tmp_path):
+    clips = [(f"{i}.wav", hiss(0.1), "rain", "rain" if i < 4 else "wind", "train") for i in range(5)]
+    data = audio_data(tmp_path, *clips, ("v.wav", hiss(0.1), "rain", "rain", "val"))
+    drawn = [crop.clip.category for crop in data.batch(2000, 100, rng())]
+    assert drawn.count("wind") / 2000 == approx(1 / 3, abs=0.045)
 
 
 @pytest.mark.parametrize("quiet_part, min_level, limit", [(0.0, 0.0, D.SILENCE), (0.1, 0.5, 0.2)])
