@@ -962,12 +962,11 @@ def find_splits(table: Table, taken: set) -> str:
 
 
 def unknown_splits(table: Table, split: str, splits: list[str]) -> list[tuple[str, str]]:
-    """Notes on what a column of splits says that is neither train, val nor test."""
+    """Notes on what a column of splits says where the `splits` of the rows do not say it."""
     columns = [split] if split else [name for name in table.columns if re.fullmatch(SPLITS, family(name))]
-    said = splits if split else [""] * len(splits)
     notes = []
     for name in columns:
-        unknown = {str(cell) for cell, side in zip(table.columns[name], said) if cell and not side}
+        unknown = {str(cell) for cell, side in zip(table.columns[name], splits) if cell and not side}
         unknown = sorted(value for value in unknown if not re.search(r"\d", value))  # folds have numbers
         if unknown:
             what = f"column {name!r} says {listed(unknown)}: no split that is known, so these train"
@@ -1072,12 +1071,13 @@ def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Ent
     entries: dict[str, Entry] = {}
     by_tags = 0
     for i, sound in enumerate(match.paths):
-        path, texts = os.path.join(match.sounds.root, sound), row_captions(words, i, captions, tags)
+        path, spoken = os.path.join(match.sounds.root, sound), row_captions(words, i, captions, [])
+        texts = spoken or row_captions(words, i, [], tags)
         if not sound or not texts:
             cell = table.columns[match.column][i]
             notes.append(("no words", path) if sound else ("no such sound", str(cell)))
             continue
-        by_tags += bool(captions and tags) and not row_captions(words, i, captions, [])
+        by_tags += bool(captions and not spoken)
         if path not in entries:
             category = str(words.columns[classes[0]][i] or "") if classes else ""
             one = is_words(category) and not re.search(r"[,;|\[]", category)
@@ -1286,14 +1286,13 @@ def described_entries(sounds: Sounds, flags: Flags, notes: list) -> list[Entry]:
     tables = [path for path in others if kind_of(path) in TABLES | {".txt"}]
     tables = [path for path in tables if not re.search("readme|licen[cs]e|submission", path.lower())]
     metadata = [path for path in tables if METADATA.search(path)]
-    classes = class_names(paths)
     entries = tables_entries(folder, metadata, False, flags, notes)
     if not entries:
         beside = beside_table(sounds, paths, notes)
         words = flags.words or sum(find_words(beside, {"path"}), [])
         if not beside.columns.keys().isdisjoint(words):
             return join_rows(beside, Match("path", sounds, paths), flags, notes)
-        rest = [path for path in tables if path not in metadata]
+        classes, rest = class_names(paths), [path for path in tables if path not in metadata]
         entries = tables_entries(folder, rest, len(set(classes) - {""}) > 1, flags, notes)
         if not entries:
             return class_entries(sounds, paths, others, classes, flags, notes)
