@@ -191,10 +191,11 @@ NO_TABLES = {".parquet", ".xlsx", ".xls", ".ods", ".pkl", ".yaml", ".yml", ".tar
 
 # What columns of words are called, as patterns: of captions as they are, of one class, of tags to be joined.
 # Where several columns hold words, the first pattern decides.
-CAPTIONS = "(main_)?captions?|.*captions?.*|sentences?|text|transcri.*|descriptions?|prompts?|summary|words"
+CAPTIONS = "(main_)?captions?|.*captions?.*|sentences?|text|.*_value_text|(.*_)?transcri.*|descriptions?"
+CAPTIONS += "|prompts?|summary|words"
 CLASSES = "category|class|class_name|class_string|classname|labels?"
 TAGS = f"common_names?|display_names?|scientific_name|{CLASSES}|.*category.*|.*class.*|.*label.*|tags?"
-TAGS += "|keywords?|.*event.*|.*scene.*|choice|name|species|genre|title"
+TAGS += "|keywords?|.*event.*|.*scene.*|choice|.*_value_choices|name|species|genre|title"
 FIRST_TAG = len(CAPTIONS.split("|"))
 PATTERNS = f"{CAPTIONS}|{TAGS}".split("|")  # the names of columns of words, the best first
 RANKS = {"phylum", "order", "family", "genus"}  # of animals: a "class" beside them is one, such as "aves"
@@ -596,15 +597,19 @@ def rows_table(path: str, rows: list[dict]) -> Table:
     def flat(row: dict, above: str = "") -> dict:
         cells: dict = {}
         for name, cell in row.items():
+            if name == "role" and above:  # who speaks in a chat
+                continue
             if isinstance(cell, dict):
                 cells |= flat(cell, f"{above}{name}.")
             elif isinstance(cell, list) and cell and all(isinstance(part, dict) for part in cell):
                 cell = [part for part in cell if part.get("role") not in ASKING]
                 if len(cell) > 1 and all(isinstance(part.get("score"), float) for part in cell):
                     cell = [max(cell, key=lambda part: part["score"])]  # the best of several guesses
-                for key in dict.fromkeys(key for part in cell for key in part if key != "role"):
-                    values = [part[key] for part in cell if key in part]
-                    cells[f"{above}{name}.{key}"] = values[0] if len(values) == 1 else values
+                parts = [flat(part, f"{above}{name}.") for part in cell]
+                for key in dict.fromkeys(itertools.chain(*parts)):
+                    values = [part[key] for part in parts if key in part]
+                    lists = [value if isinstance(value, list) else [value] for value in values]
+                    cells[key] = values[0] if len(values) == 1 else list(itertools.chain(*lists))
             else:
                 cells[above + name] = cell
         return cells
@@ -993,7 +998,8 @@ def check_moments(table: Table, match: Match):
         # Without a header, a column of numbers such as 2.5 is one of seconds.
         times = times or (name.isdecimal() and all(re.fullmatch(r"\d+\.\d+", str(cell)) for cell in cells))
         moments = {(path, str(cell)) for path, cell in zip(match.paths, cells) if path and times and cell}
-        if len(moments) > match.distinct:
+        region = moments and family(name).endswith("_value_start")  # as Label Studio marks them, even one
+        if region or len(moments) > match.distinct:
             what = f"its rows are about moments in the files (column {name!r}), not about whole sounds"
             advice = "cut the files there, or name the columns of words with --words"
             raise UserError(f"{table.path}: {what}; {advice}")

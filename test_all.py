@@ -270,6 +270,7 @@ TABLES_OF_ONE = {  # what is read for a.wav
     "file,prompt,response\na.wav,describe this sound,rain falls\n": ["rain falls"],
     '[{"x": ["a.wav"], "m": [{"role": "user", "t": "what?"}, {"role": "model", "t": "rain"}]}]': ["rain"],
     '[{"path": "a.wav", "p": [{"score": 0.2, "label": "wind"}, {"score": 0.7, "label": "rain"}]}]': ["rain"],
+    '[{"x": "/d/a.wav", "a": [{"r": [{"value": {"choices": ["rain"]}, "type": "y"}], "id": 1}]}]': ["rain"],
     "file,label\na.wav,002_Boeing 747\n": ["boeing 747"],
     "file,caption\na.wav,#REF!\na.wav,rain\n": ["rain"],
     ",path,fold\n0,a.wav,rain falls\n": ["rain falls"],
@@ -286,6 +287,7 @@ REFUSED_TABLES = {
     "path,what,where\na.wav,rain,here\nb.wav,wind,there\n": "--words",
     "path,foo,number\na.wav,rain,1\nb.wav,wind,2\n": "--words",
     '{"audio": [{"file": "a.wav"}], "categories": [{"name": "dog"}]}': "several tables",
+    '[{"x": "a.wav", "a": [{"r": [{"value": {"start": 0.1, "labels": ["dog"]}}]}]}]': "moments",
     b"PAR1\0\0\0": "not text",
     "path,caption\na.wav,идёт дождь\nb.wav,ветер дует\n".encode("cp1251"): "UTF-8",
 }
