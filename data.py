@@ -186,13 +186,26 @@ AUDIO = {".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".ai
 OTHER_MEDIA = {".m4a", ".aac", ".wma", ".mp4", ".webm", ".mkv", ".mov", ".avi"}  # not for libsndfile
 MEDIA = tuple(AUDIO | OTHER_MEDIA)
 TABLES = {".csv", ".tsv", ".json", ".jsonl"}
-TEXTS = {".txt", ".lab", ".json", ".srt", ".vtt", ".textgrid", ".jams", ".eaf"}
+TEXTS = {
+    ".txt",
+    ".lab",
+    ".json",
+    ".srt",
+    ".vtt",
+    ".textgrid",
+    ".jams",
+    ".eaf",
+    ".xml",
+    ".md",
+    ".yaml",
+    ".yml",
+}
 NO_TABLES = {".parquet", ".xlsx", ".xls", ".ods", ".pkl", ".yaml", ".yml", ".tar", ".tgz", ".zip"}
 
 # What columns of words are called, as patterns: of captions as they are, of one class, of tags to be joined.
 # Where several columns hold words, the first pattern decides.
-CAPTIONS = "(main_)?captions?|.*captions?.*|sentences?|text|.*_value_text|(.*_)?transcri.*|descriptions?"
-CAPTIONS += "|prompts?|summary|words"
+CAPTIONS = "(main_)?captions?|.*captions?.*|sound_descri.*|audio_descri.*|sentences?|text|.*_value_text"
+CAPTIONS += "|(.*_)?transcri.*|descriptions?|prompts?|summary|words|.*description.*"
 CLASSES = "category|class|class_name|class_string|classname|labels?"
 TAGS = f"common_names?|display_names?|scientific_name|{CLASSES}|.*category.*|.*class.*|.*label.*|tags?"
 TAGS += "|keywords?|.*event.*|.*scene.*|choice|.*_value_choices|name|species|genre|title"
@@ -302,6 +315,7 @@ A_WORD = re.compile(r"(?<![^\W_])([^\W\d_]{2,}|[^\W\d_a-zA-Z])(?![^\W_])")  # le
 def clean_caption(text: str) -> str:
     """One line of text that no later step stumbles over: no half emojis, control or zero-width characters."""
     text = unicodedata.normalize("NFC", html.unescape(text))
+    text = re.sub(r"</?[A-Za-z][^<>]*>", " ", text)  # <br>, as in Freesound's descriptions
     for char in set(text) if not text.isprintable() else ():
         if unicodedata.category(char)[0] == "C":
             text = text.replace(char, " " if unicodedata.category(char) == "Cc" else "")
@@ -317,7 +331,12 @@ def parsed(cell: str) -> object:
     return cell
 
 
-ASKING = ("user", "system")  # the roles in a chat that do not answer
+SPEAKER = ("role", "from")  # the keys that say who speaks in a chat
+
+
+def is_asked(part: dict) -> bool:
+    """In a chat, is this not an answer?"""
+    return any(part.get(key) in ("user", "human", "system") for key in SPEAKER)
 
 
 def cell_texts(cell: object) -> list[str]:
@@ -326,7 +345,7 @@ def cell_texts(cell: object) -> list[str]:
     if isinstance(cell, str) and cell[:1] + cell[-1:] in ("[]", "{}"):
         cell = parsed(cell)
     if isinstance(cell, dict):  # of a chat, what was answered, and not by whom
-        values = [] if cell.get("role") in ASKING else [cell[key] for key in cell if key != "role"]
+        values = [] if is_asked(cell) else [cell[key] for key in cell if key not in SPEAKER]
         return [text for value in values for text in cell_texts(value)]
     if isinstance(cell, list):
         return [text for item in cell if isinstance(item, str) for text in cell_texts(item)]
@@ -453,7 +472,9 @@ class Table:
 def read_text(path: str, notes: list) -> str:
     """The text of a table, or of a caption's file."""
     if kind_of(path) in NO_TABLES or stem(path) != path:
-        advice = "give a folder, or a CSV or JSON table, as by pandas.read_parquet(...).to_csv('clips.csv')"
+        advice = "give a folder, or a table saved as CSV or JSON"
+        if kind_of(path) == ".parquet":
+            advice += ", as by pandas.read_parquet(...).to_csv('clips.csv')"
         raise UserError(f"{path}: {kind_of(path)} is not read as a table; {advice}")
     try:
         with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as file:
@@ -497,7 +518,7 @@ def csv_rows(text: str, delimiter: str, **options) -> list[list[str]]:
     """Lines of text as rows of cells. csv.Error: a quote is not closed."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, **options)
     try:
-        return [row for row in reader if row]
+        return [row for row in reader if any(row)]
     except csv.Error as why:
         raise csv.Error(f"line {reader.line_num}: {why}") from None
 
@@ -583,11 +604,20 @@ def json_rows(path: str, data: list | dict) -> list[dict]:
         if all(name.isdecimal() for row in data.values() for name in row):  # {'path': {'0': 'a.wav'}}
             numbers = dict.fromkeys(number for column in data.values() for number in column)
             rows = [{name: column.get(n) for name, column in data.items()} for n in numbers]
-    elif kinds and kinds <= {str, list} and all(stem(key) != key for key in data):  # {'a.wav': 'rain falls'}
+    elif kinds and kinds <= {str, list} and names_texts(data):  # {'a.wav': 'rain falls'}
         rows = [{"key": key, "caption": cell} for key, cell in data.items()]
     elif kinds == {list} and len(set(map(len, data.values()))) == 1:  # {'path': [cells], 'caption': [cells]}
         rows = [dict(zip(data, cells)) for cells in zip(*data.values())]
     return rows or [data]  # none of these: it is a row itself, as JSON beside a sound is
+
+
+def names_texts(data: dict) -> bool:
+    """Are the keys of a dictionary names of sounds and its values captions, not those of a single row?"""
+    if all(stem(key) != key for key in data):
+        return True
+    texts = [text for cell in data.values() for text in cell_texts(cell)]
+    usual = any(re.fullmatch("|".join(PATTERNS), family(key)) for key in data)
+    return bool(texts) and all(map(is_words, texts)) and not usual
 
 
 def rows_table(path: str, rows: list[dict]) -> Table:
@@ -597,12 +627,12 @@ def rows_table(path: str, rows: list[dict]) -> Table:
     def flat(row: dict, above: str = "") -> dict:
         cells: dict = {}
         for name, cell in row.items():
-            if name == "role" and above:  # who speaks in a chat
+            if name in SPEAKER and above:
                 continue
             if isinstance(cell, dict):
                 cells |= flat(cell, f"{above}{name}.")
             elif isinstance(cell, list) and cell and all(isinstance(part, dict) for part in cell):
-                cell = [part for part in cell if part.get("role") not in ASKING]
+                cell = [part for part in cell if not is_asked(part)]
                 if len(cell) > 1 and all(isinstance(part.get("score"), float) for part in cell):
                     cell = [max(cell, key=lambda part: part["score"])]  # the best of several guesses
                 parts = [flat(part, f"{above}{name}.") for part in cell]
@@ -775,7 +805,10 @@ def below_one_base(table: Table, places: list[list[Place]], sounds: Sounds) -> l
         bases = sorted({base for _, base, _ in row if base in kept})
         if len(bases) > 1 and bases[0]:  # '' is first: in the folder itself, a name is where it should be
             where = f"one lies in {bases[0]!r} and in {bases[1]!r} of {sounds.root}"
-            raise UserError(f"{table.path}: of its sounds {where}; write folders into the column of files")
+            advice = (
+                "write folders into the column of files, or move the table away if it is about other things"
+            )
+            raise UserError(f"{table.path}: of its sounds {where}; {advice}")
         result.append([place for place in row if place[1] in bases[:1]])
     return result
 
@@ -1072,6 +1105,8 @@ def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Ent
         what = f"which column holds captions, of {listed(table.columns)}? choose with --words COLUMN"
         ids = any(re.search(r"/[mgt]/\w", str(cell)) for cells in table.columns.values() for cell in cells)
         hint = " (class_labels_indices.csv beside it names ids such as /m/0a)" if ids else ""
+        numbers = [name for name in table.columns if re.fullmatch(CLASS_IDS, family(name))]
+        hint = f" ({numbers[0]!r} holds no words: write names of classes)" if numbers and not hint else hint
         raise NoWords(f"{table.path}: {what}{hint}")
     classes = [name for name in captions + tags if re.fullmatch(CLASSES, family(name))]
     entries: dict[str, Entry] = {}
@@ -1091,7 +1126,8 @@ def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Ent
         known = entries[path].captions
         known += [text for text in texts if text not in known]
     if not entries:
-        raise UserError(f"{table.path}: no usable row among {len(splits)}: none has a sound and words")
+        what = f"no usable row among {len(splits)}: {listed(captions + tags)} hold no words where a sound is"
+        raise UserError(f"{table.path}: {what}; expected captions, or names of classes")
     where = os.path.commonpath(list(map(os.path.dirname, entries)))
     told = repr(split) if split else "names" if any(splits) else "nothing"
     said = f"files from {match.column!r} in {where}, words from {listed(captions or tags[:1])}"
@@ -1236,14 +1272,15 @@ def tables_entries(folder: str, tables: list[str], classes: bool, flags: Flags, 
         notes.append(("a table that names no sound here, or is not understood", f"{path} ({error})"))
     words = set(map(split_word, read))
     if len(read) > 1 and not all(map(METADATA.search, read)) and ("" in words or len(words) < len(read)):
-        raise UserError(f"{folder}: holds {len(read)} tables of sounds, {listed(read)}; give one of them")
+        raise UserError(f"{folder}: holds {len(read)} tables of sounds, {listed(read)}; give one, or several")
     return list(itertools.chain(*read.values()))
 
 
 def refuse_unread_words(sounds: Sounds, paths: list[str], others: list[str], classes: bool):
     """UserError: a folder holds a file that would say more than the names of folders, and was not read."""
     stems = {stem(path).casefold() for path in paths}
-    own = [path for path in sounds.others if path.lower().endswith(".txt") and path[:-4].casefold() in stems]
+    own = [path for path in sounds.others if path.lower().endswith((".txt", ".csv", ".tsv"))]
+    own = [path for path in own if path[:-4].casefold() in stems]
     if 2 * len(own) > len(paths):  # such as tables of events
         raise UserError(f"{sounds.root}: {own[0]} holds no caption that can be read; write one, or a table")
     for path in sounds.others:
@@ -1315,10 +1352,13 @@ def class_entries(
     refuse_unread_words(sounds, paths, others, any(classes))
     unread = "not read; ffmpeg -i X.m4a X.wav makes it readable"
     notes += [(unread, path) for path in others if kind_of(path) in OTHER_MEDIA]
+    told = {path for path in others if kind_of(path) in OTHER_MEDIA | TABLES | {".txt"}}
+    notes += [("not understood", path) for path in sounds.others if path not in told]
     if not any(classes):
-        what = f"no usable sound among {len(classes)}; expected clip.txt beside clip.wav, folders of classes"
+        what = f"no words for its {len(classes)} sounds" if classes else "no usable sound"
+        what += "; expected clip.txt beside clip.wav, folders of classes"
         raise UserError(f"{sounds.root}: {what}, or a table; if it lies elsewhere, give it as the source")
-    what = "no table of sounds and no texts, so the names of folders are categories"
+    what = "no table of sounds and no texts that are understood, so the names of folders are categories"
     what += f"; all sounds are called {classes[0]!r}" if len(set(classes)) == 1 else ""
     notes.append(("", f"{sounds.root}: {what}"))
     table = Table(sounds.root, {"path": paths, "category": classes})

@@ -244,6 +244,7 @@ TABLES_OF_BOTH = [  # columns of any name, any delimiter, comments, blanks, no h
     '{"v": 1, "all": [{"path": "a.wav", "text": "rain falls"}, {"path": "b.wav", "text": "wind blows"}]}',
     '{"path": ["a.wav", "b.wav"], "caption": ["rain falls", "wind blows"]}',
     '{"a.wav": "rain falls", "b.wav": ["wind blows"]}',
+    '{"a": "rain falls", "b": "wind blows"}',
     '{"a": {"title": "a.wav", "text": "rain falls"}, "b": {"title": "x", "text": "wind blows"}}',
     '[{"x": {"path": "a.wav"}, "text": "rain falls"}, {"x": {"path": "b.wav"}, "text": "wind blows"}]',
 ]
@@ -271,6 +272,10 @@ TABLES_OF_ONE = {  # what is read for a.wav
     '[{"x": ["a.wav"], "m": [{"role": "user", "t": "what?"}, {"role": "model", "t": "rain"}]}]': ["rain"],
     '[{"path": "a.wav", "p": [{"score": 0.2, "label": "wind"}, {"score": 0.7, "label": "rain"}]}]': ["rain"],
     '[{"x": "/d/a.wav", "a": [{"r": [{"value": {"choices": ["rain"]}, "type": "y"}], "id": 1}]}]': ["rain"],
+    '[{"x": "a.wav", "m": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "rain"}]}]': [
+        "rain"
+    ],
+    "file,transcript,sound_description\na.wav,hello,rain <br>falls\n": ["rain falls"],
     "file,label\na.wav,002_Boeing 747\n": ["boeing 747"],
     "file,caption\na.wav,#REF!\na.wav,rain\n": ["rain"],
     ",path,fold\n0,a.wav,rain falls\n": ["rain falls"],
@@ -322,7 +327,7 @@ def test_the_ids_of_audioset_are_named_by_its_list_of_classes(tmp_path):
 
 def test_words_that_lie_unread_beside_class_folders_are_refused(tmp_path):
     sounds = ["bed/a.wav", "cat/b.wav"]
-    unread = ["bed/a.lab", "bed/a.normalized.txt", "bed/a.jams", "captions.xlsx", "captions.csv"]
+    unread = ["bed/a.lab", "bed/a.normalized.txt", "bed/a.yaml", "captions.xlsx", "captions.csv"]
     for i, name in enumerate(unread):
         text = {name: "x,y\nfar.wav,rain falls\n" if name == "captions.csv" else "bed/a.wav\n"}
         assert os.path.basename(name) in refusal(tmp_path / str(i), sounds, text, "")
@@ -331,6 +336,11 @@ def test_words_that_lie_unread_beside_class_folders_are_refused(tmp_path):
     text = {"bed/a.txt": "0.0\t1.5\tbig_bark\n2.0\t2.5\train\n", "cat/b.txt": "0\t1\twind\n"}  # of Audacity
     captions = read(tmp_path / "events", sounds, text, "")[0]
     assert captions == {"bed/a.wav": ["big bark", "rain"], "cat/b.wav": ["wind"]}
+    text = dict.fromkeys(["bed/a.csv", "cat/b.csv"], "description,rate\nrain falls,3\n")
+    assert "bed/a.csv" in refusal(tmp_path / "tables", sounds, text, "")
+    assert (
+        "left out, not understood: mine.xlsx" in read(tmp_path / "named", sounds, {"mine.xlsx": "x"}, "")[2]
+    )
 
 
 def test_what_the_scripts_write_into_a_folder_of_sounds_is_not_read(tmp_path):
