@@ -171,9 +171,8 @@ def wav_bytes(wave: torch.Tensor) -> bytes:
 
 
 def save_wav(wave: torch.Tensor, path: str):
-    """Write wave (T,) to `path`. OSError: what is wrong with the disk, which libsndfile would not say."""
-    with open(path, "wb") as file:
-        file.write(wav_bytes(wave))
+    """Write wave (T,) to `path`. UserError: it cannot be written."""
+    write_atomic(wav_bytes(wave), path)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -183,7 +182,10 @@ def save_wav(wave: torch.Tensor, path: str):
 # any function below may raise it.
 
 AUDIO = {".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf"}
+AUDIO |= {".w64", ".rf64", ".snd", ".mp2"}
 OTHER_MEDIA = {".m4a", ".aac", ".wma", ".mp4", ".webm", ".mkv", ".mov", ".avi"}  # not for libsndfile
+OTHER_MEDIA |= {".amr", ".ape", ".wv", ".3gp", ".mka", ".m4b", ".ac3", ".dts", ".ra"}
+UNREADABLE = "not read; ffmpeg -i X.m4a X.wav makes such files readable"
 MEDIA = tuple(AUDIO | OTHER_MEDIA)
 TABLES = {".csv", ".tsv", ".json", ".jsonl"}
 TEXTS = {
@@ -1111,12 +1113,14 @@ def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Ent
     classes = [name for name in captions + tags if re.fullmatch(CLASSES, family(name))]
     entries: dict[str, Entry] = {}
     by_tags = 0
+    media = {os.path.basename(path) for path in match.sounds.others if kind_of(path) in OTHER_MEDIA}
     for i, sound in enumerate(match.paths):
         path, spoken = os.path.join(match.sounds.root, sound), row_captions(words, i, captions, [])
         texts = spoken or row_captions(words, i, [], tags)
         if not sound or not texts:
             cell = table.columns[match.column][i]
-            notes.append(("no words", path) if sound else ("no such sound", str(cell)))
+            missing = UNREADABLE if split_path(cell)[1] in media else "no such sound"
+            notes.append(("no words", path) if sound else (missing, str(cell)))
             continue
         by_tags += bool(captions and not spoken)
         if path not in entries:
@@ -1325,6 +1329,8 @@ def described_entries(sounds: Sounds, flags: Flags, notes: list) -> list[Entry]:
     paths = list({stem(path): path for path in sounds.paths}.values())
     notes += [("the same clip in another format", path) for path in sorted(set(sounds.paths) - set(paths))]
     described = set(map(stem, paths))
+    media = [path for path in sounds.others if kind_of(path) in OTHER_MEDIA]
+    notes += [(UNREADABLE, path) for path in media if stem(path) not in described]
     others = [path for path in sounds.others if os.path.splitext(path)[0] not in described]
     tables = [path for path in others if kind_of(path) in TABLES | {".txt"}]
     tables = [path for path in tables if not re.search("readme|licen[cs]e|submission", path.lower())]
@@ -1350,8 +1356,6 @@ def class_entries(
 ) -> list[Entry]:
     """The entries of a folder in which nothing but the names of folders, `classes`, says what sounds."""
     refuse_unread_words(sounds, paths, others, any(classes))
-    unread = "not read; ffmpeg -i X.m4a X.wav makes it readable"
-    notes += [(unread, path) for path in others if kind_of(path) in OTHER_MEDIA]
     told = {path for path in others if kind_of(path) in OTHER_MEDIA | TABLES | {".txt"}}
     notes += [("not understood", path) for path in sounds.others if path not in told]
     if not any(classes):
@@ -1395,14 +1399,14 @@ def read_captions(source: str) -> list[tuple[str, list[str]]]:
 # ----------------------------------------------------------------------------------------------------------
 # Preparation: decode everything once into one file of int16 samples that training maps into memory.
 
-FORMAT = 6  # raise it when what is written changes: everything is then prepared anew
+FORMAT = 7  # raise it when what is written changes: everything is then prepared anew
 
 
 @dataclass
 class Clip:
     """One prepared recording and what is known of it."""
 
-    name: str  # its path, seen from the source's folder
+    name: str  # its path, seen from the folder that holds all sounds of the source
     captions: list[str]
     category: str  # the class of its sound, or '' where the source does not say
     split: str  # 'train', 'val', or '' where the source does not say; see `choose_splits`
@@ -1484,7 +1488,7 @@ def without_opening_silence(blocks: Iterator[torch.Tensor]) -> Iterator[torch.Te
 def decode_all(entries: list[Entry], folder: str, source: str, unread: list[str]) -> None:
     """Write into `folder` the samples of all clips, their index with a report for the reader, and a list of
     what is left out, after what was `unread` before."""
-    root = os.path.dirname(os.path.abspath(source))
+    root = os.path.commonpath([os.path.dirname(entry.path) for entry in entries])
     clips: list[dict] = []
     left_out, loud = [], []
     with open(os.path.join(folder, "audio.i16"), "wb") as audio:
@@ -1753,15 +1757,17 @@ class Tokenizer:
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learn about `vocab_size` pieces from captions: fewer if these are few, but always all 256 bytes."""
+        """Learn about `vocab_size` pieces from captions: fewer if these are few, more if they have more
+        characters, and always all 256 bytes."""
         lines = sorted({" ".join(caption.split())[:1000] for caption in captions})
+        characters = set(unicodedata.normalize("NFKC", "".join(lines)).casefold())
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
             model_writer=model,
             model_type="bpe",
             byte_fallback=True,
-            vocab_size=max(vocab_size, 300),
+            vocab_size=max(vocab_size, 300 + len(characters)),
             hard_vocab_limit=False,
             normalization_rule_name="nmt_nfkc_cf",
             pad_id=0,
@@ -1862,6 +1868,10 @@ def whole_number(text: str, least: int = 0) -> int:
 positive = functools.partial(whole_number, least=1)  # likewise: 1, 2, ...
 
 
+# No space, quota used up, file too large, damaged disk: Python does not say which file it was.
+DISK_ERRORS = [getattr(errno, name, -1) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO")]
+
+
 @contextlib.contextmanager
 def one_line_errors(*kinds: type[Exception]):
     """Around main(): what the user can mend ends in one line and exit code 2; a bug keeps its traceback.
@@ -1886,7 +1896,7 @@ def one_line_errors(*kinds: type[Exception]):
             raise
         text = "out of memory; to train, lower --batch (train_lm.py: --micro) or --size, to sample --seconds"
     except OSError as error:
-        if not error.filename and error.errno != errno.ENOSPC:
+        if not error.filename and error.errno not in DISK_ERRORS:
             raise
         text = f"{error.filename or 'writing'}: {error.strerror}"
     if int(os.environ.get("RANK", "0")) == 0:  # under torchrun, every process has the same to say
@@ -1930,7 +1940,7 @@ def choose_threads(asked: int | None, device: torch.device, work: Callable, say:
     them wait for that core: two threads then took thirteen times as long as one."""
     every = torch.get_num_threads()
     if asked or every == 1 or device.type != "cpu":
-        return torch.set_num_threads(asked or every)
+        return torch.set_num_threads(min(asked or every, max(every, os.cpu_count() or 1)))
     work()  # the first call sets things up
     seconds = {every: 0.0, 1: 0.0}
     for n in (every, 1, every, 1):
@@ -2023,12 +2033,18 @@ def lock_folder(folder: str):
 
 
 def save_atomic(obj: object, path: str) -> None:
-    """torch.save by way of a temporary file: whatever happens, `path` holds the old or the new, and whole."""
-    part, whole = path + ".tmp", io.BytesIO()
+    """torch.save by way of `write_atomic`."""
+    whole = io.BytesIO()
     torch.save(obj, whole)  # not to the file: torch reports a full disk as if it were a bug
+    write_atomic(whole.getbuffer(), path)
+
+
+def write_atomic(content: bytes | memoryview, path: str) -> None:
+    """Write a file by way of a temporary one: whatever happens, `path` holds the old or the new, whole."""
+    part = path + ".tmp"
     try:
         with open(part, "wb") as file:
-            file.write(whole.getbuffer())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -2136,14 +2152,31 @@ class Clock:
         self.began += time.time() - paused_at
 
 
+def check_run(args, resume_path: str, log_path: str) -> None:
+    """UserError: there is no run to resume, or a new one would overwrite one of more than a hundred steps."""
+    if args.resume and not os.path.exists(resume_path):
+        raise UserError(f"{resume_path}: no run to go on with; type its --out, or begin one without --resume")
+    if not (args.resume or args.eval_only) and os.path.exists(resume_path):
+        done = max((int(row["step"]) for row in log_rows(log_path)), default=0)
+        if done > 100:
+            advice = "go on with it by --resume; for a new one choose another --out, or delete that file"
+            raise UserError(f"{resume_path}: is a run of {done} steps; {advice}")
+
+
+def log_rows(path: str) -> list[dict]:
+    """The rows of a log; none where there is no log, or a spreadsheet has saved it in a format of its own."""
+    if not os.path.exists(path):
+        return []
+    with open(path, newline="", errors="replace") as file:
+        return [row for row in csv.DictReader(file) if (row.get("step") or "").isdecimal()]
+
+
 class Log:
     """A CSV with one row per logged step. A resumed run first drops the rows later than its checkpoint."""
 
     def __init__(self, path: str, from_step: int = 0):
-        self.path, kept = path, []
-        if from_step and os.path.exists(path):
-            with open(path, newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= from_step]
+        self.path = path
+        kept = [row for row in log_rows(path) if int(row["step"]) <= from_step]
         open(path, "w").close()
         for row in kept:
             self.write(row)
@@ -2165,14 +2198,15 @@ def save_entries(entries: list[Entry], path: str):
     """A plain table that `read_entries` reads back: what no one can guess is mended there."""
     folder = os.path.join(os.path.dirname(os.path.abspath(path)), "")
     most = max(len(entry.captions) for entry in entries)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "category", "split", *(f"caption_{i + 1}" for i in range(most))])
-        for entry in entries:
-            name = entry.path.removeprefix(folder)
-            if not name.isprintable():  # bytes that are no text: by this name it is found, too
-                name = name_key(name) + kind_of(name)
-            writer.writerow([name, entry.category, entry.split, *entry.captions])
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["path", "category", "split", *(f"caption_{i + 1}" for i in range(most))])
+    for entry in entries:
+        name = entry.path.removeprefix(folder)
+        if not name.isprintable():  # bytes that are no text: by this name it is found, too
+            name = name_key(name) + kind_of(name)
+        writer.writerow([name, entry.category, entry.split, *entry.captions])
+    write_atomic(text.getvalue().encode(), path)
 
 
 def show_entries(entries: list[Entry]):
@@ -2184,7 +2218,7 @@ def show_entries(entries: list[Entry]):
     sample, seconds, broken = entries[:: -(-len(entries) // 2000)], 0.0, []
     for entry in sample:
         try:
-            seconds += soundfile.info(os.fsencode(entry.path)).duration
+            seconds += soundfile.info(os.fsencode(entry.path)).duration if os.path.isfile(entry.path) else 0.0
         except (RuntimeError, OSError) as why:
             broken.append(printable(f"  {why}"))
     hours = seconds / 3600 * len(entries) / len(sample)
@@ -2207,11 +2241,12 @@ def main():
     add_column_flags(parser)
     parser.add_argument("--save", metavar="CSV", help="write it down as a plain table, to be mended by hand")
     args = parser.parse_args()
-    entries = read_entries(args.source, print, args.files, args.words, args.split_column)
+    if args.save and os.path.exists(args.save):
+        raise UserError(f"--save {args.save}: exists already; name another file, or delete it")
+    source, _ = split_weight(args.source)
+    entries = read_entries(source, print, args.files, args.words, args.split_column)
     show_entries(entries)
     if args.save:
-        if os.path.exists(args.save) and os.path.samefile(args.source, args.save):
-            raise UserError(f"--save {args.save}: is the source itself; name another file")
         save_entries(entries, args.save)
         print(f"saved as {args.save}; train on it with --data {shell_quote(args.save)}")
 

@@ -247,9 +247,9 @@ class AudioLM(nn.Module):
         codebooks = codebooks - codebooks.mean(1, keepdim=True)
         D = codebooks.shape[2]
         vectors = codebooks @ torch.randn(D, self.cfg.n_embd, device=codebooks.device) / math.sqrt(D)
-        scale = codebooks.square().mean().sqrt()  # one for all: early streams stay larger
+        scale = codebooks.square().mean().sqrt() + 1e-9  # one for all: early streams stay larger
         self.wte.weight.copy_(0.04 * (vectors / scale).flatten(0, 1))
-        scale = codebooks.square().mean((1, 2), keepdim=True).sqrt()  # (K, 1, 1): all heads are alike
+        scale = codebooks.square().mean((1, 2), keepdim=True).sqrt() + 1e-9  # (K, 1, 1): all heads are alike
         self.lm_heads.weight.copy_(0.02 * (vectors / scale).flatten(0, 1))
 
     def embed(self, codes):

@@ -75,6 +75,8 @@ def get_args():
         raise D.UserError(
             "--stream plays one sound: give one --prompt and leave out --num_samples and --best_of"
         )
+    if args.stream == "-" and getattr(sys.stdout, "isatty", bool)():
+        raise D.UserError("--stream - writes a WAV to stdout: pipe it into a player, such as | aplay")
     if args.negative and args.guidance == 1:
         raise D.UserError("--negative does nothing at --guidance 1: give another guidance, such as 3")
     if args.best_of > 1 and not (args.prompt[0] or args.negative):
@@ -196,6 +198,7 @@ def load_prefix(path: str, codec, lm, device):
     `max_frames`, which end where the recording ends. The language model reads the later half of `max_frames`
     of them; the codec decodes them all, so that the sound goes on without a step."""
     wave = D.load_audio(path)
+    wave = wave / wave.abs().max().clamp(min=1)  # some float files are louder than full scale
     frames = max(1, min(len(wave) // codec.cfg.hop, lm.cfg.max_frames))
     return wave, codec.encode(wave[None, -frames * codec.cfg.hop :].to(device))
 
@@ -277,15 +280,17 @@ def write_stream(pieces, target: str):
         file = sys.stdout.buffer if target == "-" else stack.enter_context(open(target, "wb"))
         with contextlib.suppress(BrokenPipeError):
             file.write(wav_header(2**32))
-        for wave in pieces:
-            waves.append(wave[0].cpu())
-            samples = (waves[-1].clamp(-1, 1) * 32767).round().short().numpy().astype("<i2")
-            with contextlib.suppress(BrokenPipeError):
-                file.write(samples.tobytes())
-                file.flush()
-        if target != "-" and file.seekable():  # a pipe is left with its promise of the greatest length
-            file.seek(0)
-            file.write(wav_header(2 * sum(map(len, waves))))
+        try:
+            for wave in pieces:
+                waves.append(wave[0].cpu())
+                samples = (waves[-1].clamp(-1, 1) * 32767).round().short().numpy().astype("<i2")
+                with contextlib.suppress(BrokenPipeError):
+                    file.write(samples.tobytes())
+                    file.flush()
+        finally:  # also of a sound that was stopped
+            if target != "-" and file.seekable():  # a pipe is left with its promise of the greatest length
+                file.seek(0)
+                file.write(wav_header(2 * sum(map(len, waves))))
     return torch.cat(waves)
 
 
@@ -359,8 +364,7 @@ def main():
         index = os.path.join(args.out, "index.html")
         if clips:
             title = "nanoAudioGen: " + ", ".join(dict.fromkeys(prompt for prompt, _, _ in clips))[:80]
-            with open(index, "w", encoding="utf-8", errors="replace") as file:
-                file.write(page(title, clips))
+            D.write_atomic(page(title, clips).encode(errors="replace"), index)
     spent, seconds = D.now(device) - began, frames / codec.cfg.frame_rate * len(clips)
     say(
         f"\n{seconds:.1f} s of sound in {spent:.1f} s, {seconds / spent:.1f} x real time, "

@@ -498,6 +498,14 @@ def test_in_a_folder_texts_beat_tables_and_both_beat_names_of_classes(tmp_path):
         assert "give" in refusal(tmp_path, [], {name: "x"}, name)
 
 
+def test_sounds_of_a_format_that_is_not_read_are_told(tmp_path):
+    files = {"a.txt": "rain falls", "b.txt": "wind blows", "b.m4a": "x"}
+    table = {"b.m4a": "x", "t.csv": "path,caption\na.wav,rain falls\nb.m4a,wind blows\n"}
+    for source, texts in (("", files), ("t.csv", table)):
+        captions, _, log = read(tmp_path / source, ["a.wav"], texts, source)
+        assert [*captions.values()] == [["rain falls"]] and "ffmpeg" in log and "b.m4a" in log
+
+
 def test_texts_may_lie_in_a_folder_beside_that_of_sounds(tmp_path):
     for i, (sounds, texts) in enumerate((("a/{}.wav", "b/{}.txt"), ("a/{}/x.wav", "b/{}/x.txt"))):
         captions = {texts.format("one"): "rain falls", texts.format("two"): "wind blows"}
@@ -523,7 +531,7 @@ def test_the_command_shows_and_saves_what_is_read_back_identically(tmp_path, mon
     D.main()
     assert re.search("'file'(.|\n)*3 clips(.|\n)*hours", capsys.readouterr().out)
     assert D.read_entries(saved, str) == D.read_entries(table, str)
-    for flags, said in ((["--words", "x"], "category"), (["--save", table], "the source itself")):
+    for flags, said in ((["--words", "x"], "category"), (["--save", table], "exists already")):
         monkeypatch.setattr(sys, "argv", ["data.py", table, *flags])
         with raises(D.UserError, match=said):
             D.main()
@@ -639,6 +647,10 @@ def test_where_the_source_does_not_say_it_a_tenth_validates_drawn_by_name(tmp_pa
     a, b = (audio_data(tmp_path / folder, *rows) for folder, rows in (("a", clips), ("b", clips[::-1])))
     assert {clip.name for clip in a.val} == {clip.name for clip in b.val} and len(a.val) == 2
     assert {clip.name for clip in a.train} == {name for name, *_ in clips} - {clip.name for clip in a.val}
+    for i, source in enumerate((tmp_path / "a", tmp_path / "moved")):  # a folder, under whatever name
+        same = D.AudioData([str(source)], str(tmp_path / f"out{i}"), quiet)
+        assert {clip.name for clip in same.val} == {clip.name for clip in a.val}
+        (tmp_path / "a").rename(tmp_path / "moved") if i == 0 else None
     alone = audio_data(tmp_path / "c", clips[0])  # a single clip serves both
     assert len(alone.train) == len(alone.val) == 1
 
@@ -793,6 +805,8 @@ def test_tokenizer_knows_every_word_pads_with_zero_cuts_at_the_window_and_notice
     ids = tiny.encode("Zürich 東京 dog")
     assert ids and 1 not in ids and max(ids) < tiny.vocab_size  # 1 is "unknown": bytes stand in for it
     assert tokenizer.encode("A Dog Barks") == tokenizer.encode("a dog barks")
+    many = [chr(0x4E00 + i) for i in range(600)]  # more letters than pieces
+    assert all(len(D.Tokenizer.train(many, 300).encode(letter)) <= 2 for letter in many[::60])
     batch, ids = tokenizer.batch(["a dog", "", "rain falls " * 20], 12), tokenizer.encode("a dog")
     assert batch.shape == (3, 12) and batch.dtype == torch.int64
     assert batch[0].tolist() == ids + [0] * (12 - len(ids)) and 0 not in ids
@@ -888,6 +902,23 @@ def test_a_folder_that_cannot_be_locked_is_used_all_the_same(tmp_path, monkeypat
     monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", raising(unsupported))
     with D.lock_folder(str(tmp_path)):
         D.lock_folder(str(tmp_path)).close()
+
+
+def test_a_run_is_not_overwritten_because_resume_was_forgotten(tmp_path):
+    path, checkpoint = str(tmp_path / "codec.csv"), write_text(tmp_path / "codec_train.pt", "")
+    log = D.Log(path)
+    anew, on = (SimpleNamespace(resume=resume, eval_only=False) for resume in (False, True))
+    log.write({"step": 100})
+    D.check_run(anew, checkpoint, path)  # of so short a run not much is lost
+    log.write({"step": 101})
+    D.check_run(on, checkpoint, path)
+    with raises(D.UserError, match="101 steps; go on with it by --resume"):
+        D.check_run(anew, checkpoint, path)
+    with raises(D.UserError, match="no run to go on with"):
+        D.check_run(on, str(tmp_path / "lm_train.pt"), path)
+    write_text(tmp_path / "codec.csv", "step;loss\n101;2,5\n")  # as some spreadsheets save it
+    D.Log(path, 101).write({"step": 102})
+    assert [row["step"] for row in D.log_rows(path)] == ["102"]
 
 
 @pytest.mark.parametrize("name", ["codec", "lm", "data"])
@@ -1231,8 +1262,9 @@ def next_logits(lm, codes, text=TEXT):
 def test_codes_are_about_equally_likely_before_training_and_what_sounds_alike_is_alike():
     lm, codebooks = small_lm("tiny"), torch.randn(2, 1024, 16) * torch.tensor([2.0, 0.5])[:, None, None]
     assert lm(CODES, TEXT)[1].item() == approx(math.log(1024), rel=0.05)
-    lm.init_from_codebooks(codebooks)
-    assert lm(CODES, TEXT)[1].item() == approx(math.log(1024), rel=0.05)
+    for books in (0 * codebooks, codebooks):  # a codec of a single step has codebooks of nothing
+        lm.init_from_codebooks(books)
+        assert lm(CODES, TEXT)[1].item() == approx(math.log(1024), rel=0.05)
     codes = random_codes(50)[:1]
     latents = codebooks[0][codes[0, 0]] + codebooks[1][codes[0, 1]]  # (50, 16)
     heads = lm.lm_heads.weight.view(2, 1024, -1)[1]
@@ -1846,6 +1878,9 @@ def test_the_codes_that_are_continued_end_where_the_recording_ends(samples, fram
     heard, prefix = sample.load_prefix(path, codecs[4], SimpleNamespace(cfg=LMConfig(max_frames=20)), CPU)
     assert heard.shape == (samples,) and prefix.shape == (1, 4, frames)
     assert torch.equal(prefix, codecs[4].encode(heard[None, -frames * 128 :]))
+    loud = write_wav(tmp_path / "b.wav", 1e4 * hiss(samples / RATE), subtype="FLOAT")
+    heard, _ = sample.load_prefix(loud, codecs[4], SimpleNamespace(cfg=LMConfig(max_frames=20)), CPU)
+    assert heard.abs().max() == approx(1)
 
 
 @pytest.fixture(scope="session")
@@ -1917,6 +1952,16 @@ def test_a_stream_to_a_file_is_the_plain_result_and_its_header_true(make, tmp_pa
     assert os.path.getsize(tmp_path / "live.wav") == 44 + 2 * len(live)
     for wave in (live, kept):
         np.testing.assert_allclose(wave, plain, rtol=0, atol=1e-4)  # three units of 16 bits
+
+
+def test_of_a_stream_that_is_stopped_the_header_is_true(tmp_path):
+    def pieces():
+        yield torch.zeros(1, 500)
+        raise KeyboardInterrupt
+
+    with raises(KeyboardInterrupt):
+        sample.write_stream(pieces(), str(tmp_path / "live.wav"))
+    assert soundfile.info(tmp_path / "live.wav").frames == 500
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")

@@ -317,6 +317,8 @@ def main():
     path, resume_path, wavs = (
         os.path.join(args.out, name) for name in ("codec.pt", "codec_train.pt", "codec_wavs")
     )
+    log_path = os.path.join(args.out, "codec.csv")
+    D.check_run(args, resume_path, log_path)
     known = args.resume or (args.eval_only and os.path.exists(resume_path))
     saved = load_checkpoint(resume_path, "nanoaudiogen codec training") if known else {}
     flags = D.recall_flags(args, saved)
@@ -343,7 +345,7 @@ def main():
         protect_language_model(args.out)
     D.choose_threads(args.threads, device, lambda: t.ema.encode(held_out[:1]), say)
     steps, crop_length = recipe["steps"], int(recipe["seconds"] * D.SAMPLE_RATE)
-    log = D.Log(os.path.join(args.out, "codec.csv"), start) if is_main else None
+    log = D.Log(log_path, start) if is_main else None
     parameters = sum(p.numel() for p in t.codec.parameters())
     disc = f"from step {t.disc_start} on with a discriminator" if t.disc_start < steps else "no discriminator"
     say(

@@ -352,7 +352,7 @@ def warn_of_cut_captions(counts, max_text_len: int, say) -> None:
     if share:
         say(
             f"! {100 * share:.1f} % of the captions, as long as mixing makes them, have more than "
-            f"{max_text_len} text tokens, and are cut: raise text_len in RECIPES, or shorten them"
+            f"{max_text_len} text tokens, and are cut: shorten them, or train anew with a larger text_len"
         )
 
 
@@ -400,6 +400,8 @@ def main():
     """Read the flags, prepare the data, train, evaluate and save now and then, make sounds at the end."""
     args = get_args()
     path, resume_path, wavs = (os.path.join(args.out, name) for name in ("lm.pt", "lm_train.pt", "lm_wavs"))
+    log_path = os.path.join(args.out, "lm.csv")
+    D.check_run(args, resume_path, log_path)
     known = args.resume or (args.eval_only and os.path.exists(resume_path))
     saved = load_checkpoint(resume_path, "nanoaudiogen lm training") if known else {}
     flags = D.recall_flags(args, saved)
@@ -436,7 +438,7 @@ def main():
     t.flags = flags
     start = t.load(saved) if saved else 0
     steps = recipe["steps"]
-    log = D.Log(os.path.join(args.out, "lm.csv"), start) if is_main else None
+    log = D.Log(log_path, start) if is_main else None
     warn_of_cut_captions(token_counts(t.tokenizer, data, args.mix), lm.cfg.max_text_len, say)
     say(
         f"language model {size}, {sum(p.numel() for p in lm.parameters()) / 1e6:.1f} M parameters, text "
