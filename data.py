@@ -162,10 +162,15 @@ def load_audio(path: str) -> torch.Tensor:
     return torch.cat(list(read_blocks(path)))
 
 
+def turned_down(wave: torch.Tensor) -> torch.Tensor:
+    """Wave (T,), which where it is louder than full scale is turned down as a whole, not clipped."""
+    return wave / wave.abs().max().clamp(min=1)
+
+
 def wav_bytes(wave: torch.Tensor) -> bytes:
-    """A WAV file of 16 bits that holds wave (T,). Louder than full scale it is turned down, not clipped."""
+    """A WAV file of 16 bits that holds wave (T,), `turned_down`."""
     buffer = io.BytesIO()
-    samples = wave.float() / wave.abs().max().clamp(min=1)
+    samples = turned_down(wave.float())
     soundfile.write(buffer, samples.cpu().numpy(), SAMPLE_RATE, format="WAV", subtype="PCM_16")
     return buffer.getvalue()
 
@@ -188,20 +193,8 @@ OTHER_MEDIA |= {".amr", ".ape", ".wv", ".3gp", ".mka", ".m4b", ".ac3", ".dts", "
 UNREADABLE = "not read; ffmpeg -i X.m4a X.wav makes such files readable"
 MEDIA = tuple(AUDIO | OTHER_MEDIA)
 TABLES = {".csv", ".tsv", ".json", ".jsonl"}
-TEXTS = {
-    ".txt",
-    ".lab",
-    ".json",
-    ".srt",
-    ".vtt",
-    ".textgrid",
-    ".jams",
-    ".eaf",
-    ".xml",
-    ".md",
-    ".yaml",
-    ".yml",
-}
+TEXTS = {".txt", ".lab", ".json", ".srt", ".vtt", ".textgrid", ".jams", ".eaf"}
+TEXTS |= {".xml", ".md", ".yaml", ".yml"}
 NO_TABLES = {".parquet", ".xlsx", ".xls", ".ods", ".pkl", ".yaml", ".yml", ".tar", ".tgz", ".zip"}
 
 # What columns of words are called, as patterns: of captions as they are, of one class, of tags to be joined.
@@ -807,9 +800,7 @@ def below_one_base(table: Table, places: list[list[Place]], sounds: Sounds) -> l
         bases = sorted({base for _, base, _ in row if base in kept})
         if len(bases) > 1 and bases[0]:  # '' is first: in the folder itself, a name is where it should be
             where = f"one lies in {bases[0]!r} and in {bases[1]!r} of {sounds.root}"
-            advice = (
-                "write folders into the column of files, or move the table away if it is about other things"
-            )
+            advice = "write folders into the column of files, or move the table away if it is about others"
             raise UserError(f"{table.path}: of its sounds {where}; {advice}")
         result.append([place for place in row if place[1] in bases[:1]])
     return result
@@ -1088,6 +1079,19 @@ def table_entries(path: str, flags: Flags, notes: list) -> list[Entry]:
     return join_rows(table, match, flags, notes)
 
 
+def no_words(table: Table) -> NoWords:
+    """What to type, or to write, where no column of a table holds words."""
+    cells = map(str, itertools.chain(*table.columns.values()))
+    numbers = [name for name in table.columns if re.fullmatch(CLASS_IDS, family(name))]
+    hint = ""
+    if any(re.search(r"/[mgt]/\w", cell) for cell in cells):
+        hint = " (class_labels_indices.csv beside it names ids such as /m/0a)"
+    elif numbers:
+        hint = f" ({numbers[0]!r} holds no words: write names of classes)"
+    what = f"which column holds captions, of {listed(table.columns)}? choose with --words COLUMN"
+    return NoWords(f"{table.path}: {what}{hint}")
+
+
 def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Entry]:
     """An entry for each sound, which several rows may caption."""
     split = flags.split or find_splits(table, {match.column, *flags.words})
@@ -1104,23 +1108,19 @@ def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Ent
         words = beside_table(match.sounds, match.paths, notes)
         captions, tags = find_words(words, set())
     if not (captions or tags):
-        what = f"which column holds captions, of {listed(table.columns)}? choose with --words COLUMN"
-        ids = any(re.search(r"/[mgt]/\w", str(cell)) for cells in table.columns.values() for cell in cells)
-        hint = " (class_labels_indices.csv beside it names ids such as /m/0a)" if ids else ""
-        numbers = [name for name in table.columns if re.fullmatch(CLASS_IDS, family(name))]
-        hint = f" ({numbers[0]!r} holds no words: write names of classes)" if numbers and not hint else hint
-        raise NoWords(f"{table.path}: {what}{hint}")
+        raise no_words(table)
     classes = [name for name in captions + tags if re.fullmatch(CLASSES, family(name))]
     entries: dict[str, Entry] = {}
     by_tags = 0
-    media = {os.path.basename(path) for path in match.sounds.others if kind_of(path) in OTHER_MEDIA}
+    media = {os.path.basename(path): path for path in match.sounds.others if kind_of(path) in OTHER_MEDIA}
     for i, sound in enumerate(match.paths):
         path, spoken = os.path.join(match.sounds.root, sound), row_captions(words, i, captions, [])
         texts = spoken or row_captions(words, i, [], tags)
         if not sound or not texts:
             cell = table.columns[match.column][i]
-            missing = UNREADABLE if split_path(cell)[1] in media else "no such sound"
-            notes.append(("no words", path) if sound else (missing, str(cell)))
+            unreadable = media.get(split_path(cell)[1])
+            missing = (UNREADABLE, unreadable) if unreadable else ("no such sound", str(cell))
+            notes.append(("no words", path) if sound else missing)
             continue
         by_tags += bool(captions and not spoken)
         if path not in entries:
@@ -1316,6 +1316,9 @@ def folder_entries(folder: str, flags: Flags, notes: list) -> list[Entry]:
     splits, lists = listed_splits(sounds, notes)
     sounds.others = [path for path in sounds.others if path not in lists]
     entries = described_entries(sounds, flags, notes)
+    known = {*map(stem, sounds.paths), *(stem(what) for why, what in notes if why == UNREADABLE)}
+    media = [path for path in sounds.others if kind_of(path) in OTHER_MEDIA]
+    notes += [(UNREADABLE, path) for path in media if stem(path) not in known]
     unlisted = "" if "train" in splits.values() else "train"
     for entry in entries if splits else []:
         entry.split = splits.get(entry.path) or entry.split or unlisted
@@ -1329,8 +1332,6 @@ def described_entries(sounds: Sounds, flags: Flags, notes: list) -> list[Entry]:
     paths = list({stem(path): path for path in sounds.paths}.values())
     notes += [("the same clip in another format", path) for path in sorted(set(sounds.paths) - set(paths))]
     described = set(map(stem, paths))
-    media = [path for path in sounds.others if kind_of(path) in OTHER_MEDIA]
-    notes += [(UNREADABLE, path) for path in media if stem(path) not in described]
     others = [path for path in sounds.others if os.path.splitext(path)[0] not in described]
     tables = [path for path in others if kind_of(path) in TABLES | {".txt"}]
     tables = [path for path in tables if not re.search("readme|licen[cs]e|submission", path.lower())]
@@ -1356,8 +1357,9 @@ def class_entries(
 ) -> list[Entry]:
     """The entries of a folder in which nothing but the names of folders, `classes`, says what sounds."""
     refuse_unread_words(sounds, paths, others, any(classes))
-    told = {path for path in others if kind_of(path) in OTHER_MEDIA | TABLES | {".txt"}}
-    notes += [("not understood", path) for path in sounds.others if path not in told]
+    told = {path for path in others if kind_of(path) in TABLES | {".txt"}}
+    unread = [path for path in sounds.others if kind_of(path) not in OTHER_MEDIA and path not in told]
+    notes += [("not understood", path) for path in unread]
     if not any(classes):
         what = f"no words for its {len(classes)} sounds" if classes else "no usable sound"
         what += "; expected clip.txt beside clip.wav, folders of classes"
@@ -1560,7 +1562,7 @@ def mix(a: torch.Tensor, b: torch.Tensor, snr_db: float, offset: int) -> torch.T
     y, start, end = a.clone(), max(0, offset), min(len(a), offset + len(b))
     if end > start:
         y[start:end] += b[start - offset : end - offset]
-    return y / y.abs().max().clamp(min=1)
+    return turned_down(y)
 
 
 def may_mix(a: Clip, b: Clip) -> bool:
@@ -2152,17 +2154,6 @@ class Clock:
         self.began += time.time() - paused_at
 
 
-def check_run(args, resume_path: str, log_path: str) -> None:
-    """UserError: there is no run to resume, or a new one would overwrite one of more than a hundred steps."""
-    if args.resume and not os.path.exists(resume_path):
-        raise UserError(f"{resume_path}: no run to go on with; type its --out, or begin one without --resume")
-    if not (args.resume or args.eval_only) and os.path.exists(resume_path):
-        done = max((int(row["step"]) for row in log_rows(log_path)), default=0)
-        if done > 100:
-            advice = "go on with it by --resume; for a new one choose another --out, or delete that file"
-            raise UserError(f"{resume_path}: is a run of {done} steps; {advice}")
-
-
 def log_rows(path: str) -> list[dict]:
     """The rows of a log; none where there is no log, or a spreadsheet has saved it in a format of its own."""
     if not os.path.exists(path):
@@ -2188,6 +2179,17 @@ class Log:
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow(row)
+
+
+def check_run(args, resume_path: str, log_path: str) -> None:
+    """UserError: there is no run to resume, or a new one would overwrite one of more than a hundred steps."""
+    if args.resume and not os.path.exists(resume_path):
+        raise UserError(f"{resume_path}: no run to go on with; type its --out, or begin one without --resume")
+    if not (args.resume or args.eval_only) and os.path.exists(resume_path):
+        done = max((int(row["step"]) for row in log_rows(log_path)), default=0)
+        if done > 100:
+            advice = "go on with it by --resume; for a new one choose another --out, or delete that file"
+            raise UserError(f"{resume_path}: is a run of {done} steps; {advice}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2218,7 +2220,9 @@ def show_entries(entries: list[Entry]):
     sample, seconds, broken = entries[:: -(-len(entries) // 2000)], 0.0, []
     for entry in sample:
         try:
-            seconds += soundfile.info(os.fsencode(entry.path)).duration if os.path.isfile(entry.path) else 0.0
+            if not os.path.isfile(entry.path):  # a pipe would keep us waiting
+                raise OSError(f"{entry.path}: is no file")
+            seconds += soundfile.info(os.fsencode(entry.path)).duration
         except (RuntimeError, OSError) as why:
             broken.append(printable(f"  {why}"))
     hours = seconds / 3600 * len(entries) / len(sample)

@@ -197,8 +197,7 @@ def load_prefix(path: str, codec, lm, device):
     """The recording to continue: its wave (T,), and the codes (1, K, P) of its last whole frames, at most
     `max_frames`, which end where the recording ends. The language model reads the later half of `max_frames`
     of them; the codec decodes them all, so that the sound goes on without a step."""
-    wave = D.load_audio(path)
-    wave = wave / wave.abs().max().clamp(min=1)  # some float files are louder than full scale
+    wave = D.turned_down(D.load_audio(path))
     frames = max(1, min(len(wave) // codec.cfg.hop, lm.cfg.max_frames))
     return wave, codec.encode(wave[None, -frames * codec.cfg.hop :].to(device))
 

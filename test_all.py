@@ -327,7 +327,14 @@ def test_the_ids_of_audioset_are_named_by_its_list_of_classes(tmp_path):
 
 def test_words_that_lie_unread_beside_class_folders_are_refused(tmp_path):
     sounds = ["bed/a.wav", "cat/b.wav"]
-    unread = ["bed/a.lab", "bed/a.normalized.txt", "bed/a.yaml", "captions.xlsx", "captions.csv"]
+    unread = [
+        "bed/a.lab",
+        "bed/a.normalized.txt",
+        "bed/a.jams",
+        "bed/a.yaml",
+        "captions.xlsx",
+        "captions.csv",
+    ]
     for i, name in enumerate(unread):
         text = {name: "x,y\nfar.wav,rain falls\n" if name == "captions.csv" else "bed/a.wav\n"}
         assert os.path.basename(name) in refusal(tmp_path / str(i), sounds, text, "")
@@ -504,6 +511,11 @@ def test_sounds_of_a_format_that_is_not_read_are_told(tmp_path):
     for source, texts in (("", files), ("t.csv", table)):
         captions, _, log = read(tmp_path / source, ["a.wav"], texts, source)
         assert [*captions.values()] == [["rain falls"]] and "ffmpeg" in log and "b.m4a" in log
+    files = {"t.csv": table["t.csv"], "a.m4a": "x", "b.m4a": "x"}
+    log = read(tmp_path / "once", ["a.wav"], files, "")[2]
+    assert log.count("b.m4a") == 1 and "a.m4a" not in log  # which is the sound in another format
+    log = read(tmp_path / "classes", ["bed/a.wav", "cat/a.wav"], {"bed/a.m4a": "x", "cat/c.m4a": "x"}, "")[2]
+    assert log.count("c.m4a") == 1 and "a.m4a" not in log
 
 
 def test_texts_may_lie_in_a_folder_beside_that_of_sounds(tmp_path):
@@ -647,10 +659,10 @@ def test_where_the_source_does_not_say_it_a_tenth_validates_drawn_by_name(tmp_pa
     a, b = (audio_data(tmp_path / folder, *rows) for folder, rows in (("a", clips), ("b", clips[::-1])))
     assert {clip.name for clip in a.val} == {clip.name for clip in b.val} and len(a.val) == 2
     assert {clip.name for clip in a.train} == {name for name, *_ in clips} - {clip.name for clip in a.val}
-    for i, source in enumerate((tmp_path / "a", tmp_path / "moved")):  # a folder, under whatever name
-        same = D.AudioData([str(source)], str(tmp_path / f"out{i}"), quiet)
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    for folder in ("a", "copy"):  # the folder that holds the table, under whatever name
+        same = D.AudioData([str(tmp_path / folder)], str(tmp_path / "out"), quiet)
         assert {clip.name for clip in same.val} == {clip.name for clip in a.val}
-        (tmp_path / "a").rename(tmp_path / "moved") if i == 0 else None
     alone = audio_data(tmp_path / "c", clips[0])  # a single clip serves both
     assert len(alone.train) == len(alone.val) == 1
 
