@@ -1133,10 +1133,20 @@ def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Ent
         what = f"no usable row among {len(splits)}: {listed(captions + tags)} hold no words where a sound is"
         raise UserError(f"{table.path}: {what}; expected captions, or names of classes")
     where = os.path.commonpath(list(map(os.path.dirname, entries)))
-    told = repr(split) if split else "names" if any(splits) else "nothing"
-    said = f"files from {match.column!r} in {where}, words from {listed(captions or tags[:1])}"
+    said = (
+        f"{table.path}: files from {match.column!r} in {where}"
+        if os.path.isfile(table.path)
+        else f"sounds in {where}"
+    )
+    source = listed(captions or tags[:1])
+    if words.path.endswith(os.sep):
+        source = "texts beside them" + (f", {source}" if captions != ["caption"] else "")
+    elif os.path.isdir(words.path):
+        source = "names of folders"
+    said += f", words from {source}"
     said += f" (of {by_tags} rows from {listed(tags)})" if by_tags else ""
-    notes.append(("", f"{words.path}: {said}, splits from {told}"))
+    told = repr(split) if split else "names" if any(splits) else "nothing"
+    notes.append(("", f"{said}, splits from {told}"))
     return list(entries.values())
 
 
@@ -1401,7 +1411,7 @@ def read_captions(source: str) -> list[tuple[str, list[str]]]:
 # ----------------------------------------------------------------------------------------------------------
 # Preparation: decode everything once into one file of int16 samples that training maps into memory.
 
-FORMAT = 7  # raise it when what is written changes: everything is then prepared anew
+FORMAT = 8  # raise it when what is written changes: everything is then prepared anew
 
 
 @dataclass
@@ -1432,16 +1442,16 @@ def prepare(source: str, folder: str, log: Callable = print, **columns) -> list[
         began = time.time()
         try:
             os.makedirs(part, exist_ok=True)  # a run that was killed may have left it
-            decode_all(entries, part, source, left_out)
+            details = decode_all(entries, part, source, left_out)
             os.rename(part, final)
         except OSError as error:
             why = error.strerror or error
             raise UserError(f"{folder}: {why}; make space or choose another --out") from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
-        log(f"{source}: prepared in {time.time() - began:.0f} s")
-    report, clips = read_prepared(final)
-    log("\n".join(report))
+        log("\n".join([*details, f"{source}: prepared in {time.time() - began:.0f} s"]))
+    said, clips = read_prepared(final)
+    log(said)
     return clips
 
 
@@ -1487,9 +1497,9 @@ def without_opening_silence(blocks: Iterator[torch.Tensor]) -> Iterator[torch.Te
     yield from blocks
 
 
-def decode_all(entries: list[Entry], folder: str, source: str, unread: list[str]) -> None:
-    """Write into `folder` the samples of all clips, their index with a report for the reader, and a list of
-    what is left out, after what was `unread` before."""
+def decode_all(entries: list[Entry], folder: str, source: str, unread: list[str]) -> list[str]:
+    """Write into `folder` the samples of all clips, their index, and a list of what is left out, after what
+    was `unread` before. Returns lines about what is left out or turned down."""
     root = os.path.commonpath([os.path.dirname(entry.path) for entry in entries])
     clips: list[dict] = []
     left_out, loud = [], []
@@ -1509,11 +1519,21 @@ def decode_all(entries: list[Entry], folder: str, source: str, unread: list[str]
             clips.append(about | {"length": length, "peak": min(1, peak)})
     if not clips:
         raise UserError(f"{source}: none of its {len(entries)} sounds can be used; the first: {left_out[0]}")
-    report = [summary(source, clips), *shortened("left out", left_out), *shortened("turned down", loud)]
+    said = summary(source, clips)
+    if left_out or loud:
+        said += f"; {len(left_out)} left out, {len(loud)} turned down: see left_out.txt, below --out"
     with open(os.path.join(folder, "left_out.txt"), "w", encoding="utf-8") as file:
         file.writelines(printable(line) + "\n" for line in unread + left_out + loud)
     with open(os.path.join(folder, "index.json"), "w") as file:
-        json.dump({"report": report, "clips": clips}, file)
+        json.dump({"summary": said, "clips": clips}, file)
+    return [*shortened("left out", left_out), *shortened("turned down", loud)]
+
+
+def as_time(seconds: float) -> str:
+    """As people say it: '1.3 s', '12.5 minutes', '3.2 hours'."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
 
 
 def summary(source: str, clips: list[dict]) -> str:
@@ -1521,13 +1541,13 @@ def summary(source: str, clips: list[dict]) -> str:
     seconds = sorted(clip["length"] / SAMPLE_RATE for clip in clips)
     captions = {caption for clip in clips for caption in clip["captions"]}
     return (
-        f"{source}: {sum(seconds) / 3600:.2f} hours, {len(clips)} clips, {len(captions)} distinct captions, "
+        f"{source}: {as_time(sum(seconds))}, {len(clips)} clips, {len(captions)} distinct captions, "
         f"{seconds[0]:.1f} / {seconds[len(clips) // 2]:.1f} / {seconds[-1]:.1f} s shortest / median / longest"
     )
 
 
-def read_prepared(folder: str) -> tuple[list[str], list[Clip]]:
-    """The report and the clips of a prepared folder. UserError: something has damaged it since."""
+def read_prepared(folder: str) -> tuple[str, list[Clip]]:
+    """The summary and the clips of a prepared folder. UserError: something has damaged it since."""
     try:
         with open(os.path.join(folder, "index.json")) as file:
             index = json.load(file)
@@ -1538,7 +1558,7 @@ def read_prepared(folder: str) -> tuple[list[str], list[Clip]]:
     except (OSError, KeyError, ValueError):
         raise UserError(f"{folder}: was damaged; delete this folder, and it is prepared anew") from None
     parts = np.split(samples, ends[:-1])
-    return index["report"], [Clip(**clip, samples=part) for clip, part in zip(index["clips"], parts)]
+    return index["summary"], [Clip(**clip, samples=part) for clip, part in zip(index["clips"], parts)]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1603,7 +1623,12 @@ class AudioData:
         self.val = [clip for clip in self.clips if clip.split != "train"]
         if not self.train:
             raise UserError(f"{' '.join(sources)}: all clips are for testing; name training clips as well")
-        log(f"training on {len(self.train)} clips, validating on {len(self.val)}")
+        both = (
+            " (the only clip of a source does both)"
+            if len(self.train) + len(self.val) > len(self.clips)
+            else ""
+        )
+        log(f"clips: {len(self.train)} train, {len(self.val)} validate{both}")
         self.sources = [(self.train, 1.0)]  # lists of clips, and how often each is drawn
         if any(weights):
             train = [[clip for clip in part if clip.split != "val"] for part in parts]
@@ -2212,10 +2237,11 @@ def save_entries(entries: list[Entry], path: str):
 
 
 def show_entries(entries: list[Entry]):
-    """Print the clips of each split, hours, the commonest and the longest captions, and five pairs."""
+    """Print the clips of each split, their length, the commonest and the longest captions, and five pairs."""
     captions = collections.Counter(caption for entry in entries for caption in entry.captions)
-    splits = collections.Counter(entry.split or "not said" for entry in entries)
-    told = ", ".join(f"{n} {split}" for split, n in sorted(splits.items()))
+    splits = collections.Counter(entry.split for entry in entries)
+    unsaid = "without a split" if splits["val"] else "of which a tenth will validate"
+    told = ", ".join(f"{n} {split or unsaid}" for split, n in sorted(splits.items()))
     print(f"{len(entries)} clips ({told}), {captions.total()} captions, {len(captions)} of them distinct")
     sample, seconds, broken = entries[:: -(-len(entries) // 2000)], 0.0, []
     for entry in sample:
@@ -2225,8 +2251,8 @@ def show_entries(entries: list[Entry]):
             seconds += soundfile.info(os.fsencode(entry.path)).duration
         except (RuntimeError, OSError) as why:
             broken.append(printable(f"  {why}"))
-    hours = seconds / 3600 * len(entries) / len(sample)
-    print(f"{hours:.2f} hours" + (f", as {len(sample)} clips have it" if len(sample) < len(entries) else ""))
+    in_all = as_time(seconds * len(entries) / len(sample))
+    print(in_all + (f", as {len(sample)} clips have it" if len(sample) < len(entries) else ""))
     if broken:
         print(f"{len(broken)} of these cannot be opened:", *broken[:10], sep="\n")
     print("commonest captions:", *(f"  {n:6} {caption}" for caption, n in captions.most_common(10)), sep="\n")

@@ -541,7 +541,7 @@ def test_the_command_shows_and_saves_what_is_read_back_identically(tmp_path, mon
     table, saved = str(tmp_path / "t.csv"), str(tmp_path / "clips.csv")
     monkeypatch.setattr(sys, "argv", ["data.py", table, "--save", saved])
     D.main()
-    assert re.search("'file'(.|\n)*3 clips(.|\n)*hours", capsys.readouterr().out)
+    assert re.search("'file'(.|\n)*3 clips(.|\n)*0.0 s", capsys.readouterr().out)
     assert D.read_entries(saved, str) == D.read_entries(table, str)
     for flags, said in ((["--words", "x"], "category"), (["--save", table], "exists already")):
         monkeypatch.setattr(sys, "argv", ["data.py", table, *flags])
@@ -650,6 +650,9 @@ def test_ten_files_of_a_kind_are_listed_and_loud_ones_are_turned_down_as_a_whole
     for name, count in (("silent_", 13), ("loud_", 12)):
         assert data.said.count(name) == 10 and f": {count - 10} more" in data.said
         assert path.read_text().count(name) == count
+    again = []
+    D.AudioData([str(tmp_path / "clips.csv")], str(tmp_path / "out"), again.append)
+    assert "13 left out, 12 turned down" in "\n".join(again) and ".wav" not in "\n".join(again)
     for clip in data.clips:  # as a whole, by one factor
         np.testing.assert_allclose(clip.samples / 32767, rising / np.abs(rising).max(), atol=2e-5)
 
@@ -664,7 +667,7 @@ def test_where_the_source_does_not_say_it_a_tenth_validates_drawn_by_name(tmp_pa
         same = D.AudioData([str(tmp_path / folder)], str(tmp_path / "out"), quiet)
         assert {clip.name for clip in same.val} == {clip.name for clip in a.val}
     alone = audio_data(tmp_path / "c", clips[0])  # a single clip serves both
-    assert len(alone.train) == len(alone.val) == 1
+    assert len(alone.train) == len(alone.val) == 1 and "does both" in alone.said
 
 
 def test_the_splits_of_a_source_are_honoured_and_one_of_which_all_clips_validate_never_trains(tmp_path):
@@ -1534,6 +1537,15 @@ def test_caption_accuracy_is_how_often_the_true_caption_is_likelier(monkeypatch)
     assert "caption accuracy" not in train_lm.evaluate(None, None, alike)
 
 
+def test_the_silence_after_short_clips_is_not_measured_by_the_codec_and_told_by_the_model(world):
+    data, said = copy.copy(world), []
+    data.val = [replace(world.val[0], samples=np.ones(n, np.int16), length=n) for n in (800, 24000, 99999)]
+    train_lm.warn_of_silence(data.val, said.append)
+    assert said[0].startswith("32 % of the held-out examples of 1 s")  # train_lm.SECONDS in these tests
+    waves = train_codec.held_out_waves(data, CPU)
+    assert [wave.shape for wave in waves] == [(1, 16000), (1, 24000), (1, 80000)]
+
+
 def test_a_model_is_measured_on_clips_and_mixtures_that_it_has_not_heard(world, codecs, monkeypatch):
     monkeypatch.setattr(train_lm, "SECONDS", 1)
     data = copy.copy(world)
@@ -1758,6 +1770,8 @@ def test_finished_runs_go_on_and_the_next_command_names_their_data(run, made, cl
         log = tmp_path / "out" / f"{name}.csv"
         rows = log.read_text().splitlines()
         log.write_text("\n".join([*rows, "7" + rows[-1][1:]]))  # of a step that was never saved
+        run(script, "--size", "test", "--resume")
+        assert re.search(r"is at the end of its \d steps; --steps TOTAL", capsys.readouterr().out)
         run(script, *flags, "--size", "test", "--resume", "--steps", 8)
         old, new = (torch.load(out / f"{name}_train.pt") for out in (made.out, tmp_path / "out"))
         assert new["step"] == new["steps"] == 8 > old["step"]

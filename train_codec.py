@@ -229,23 +229,34 @@ def update_ema(ema, model, step: int) -> None:
 # Evaluation and the log
 
 
+def held_out_waves(data: D.AudioData, device: torch.device) -> list[torch.Tensor]:
+    """The beginnings of validation clips (1, T), of 1 to 5 s: more silence after short ones would make every
+    measure look better, and the codes look collapsed."""
+    waves, clips = data.held_out(5 * D.SAMPLE_RATE, limit=80)
+    lengths = [max(D.SAMPLE_RATE, clip.length) for clip in clips]
+    return [wave[None, :length].to(device) for wave, length in zip(waves, lengths)]
+
+
 @torch.no_grad()
 def evaluate(codec, waves, folder: str) -> str:
-    """One line of measures over held-out waves (n, T): SI-SNR is the median over clips, both distances are
-    means. Four of the clips and what the codec makes of them go into the folder."""
-    codes = torch.cat([codec.encode(wave) for wave in waves.split(8)])
-    decoded = torch.cat([codec.decode(part)[:, : waves.shape[1]] for part in codes.split(8)])
+    """One line of measures over held-out waves, each (1, T): SI-SNR is the median over clips, both distances
+    are means. Four of the clips and what the codec makes of them go into the folder."""
+    codes = [codec.encode(wave) for wave in waves]  # (1, K, F) each
+    decoded = [codec.decode(c)[:, : wave.shape[1]] for c, wave in zip(codes, waves)]
     os.makedirs(folder, exist_ok=True)
     for i in np.linspace(0, len(waves) - 1, min(4, len(waves))).astype(int):
-        D.save_wav(waves[i], os.path.join(folder, f"{i:03d}_real.wav"))
-        D.save_wav(decoded[i], os.path.join(folder, f"{i:03d}_decoded.wav"))
-    counts = code_counts(codes, codec.cfg.codebook_size)  # (K, V)
+        D.save_wav(waves[i][0], os.path.join(folder, f"{i:03d}_real.wav"))
+        D.save_wav(decoded[i][0], os.path.join(folder, f"{i:03d}_decoded.wav"))
+    si_snrs, log_mels, log_spectra = (
+        torch.cat([measure(wave, wave_hat) for wave, wave_hat in zip(waves, decoded)])
+        for measure in (si_snr, log_mel_distance, log_spectrum_distance)
+    )
+    counts = code_counts(torch.cat(codes, 2), codec.cfg.codebook_size)  # (K, V)
     used = " ".join(f"{100 * share:.0f}" for share in (counts > 0).float().mean(1).tolist())
     effective = " ".join(f"{perplexity(c):.0f}" for c in counts)
     return (
-        f"held out: {codec.cfg.kbps:.1f} kbit/s, SI-SNR {si_snr(waves, decoded).median():.2f} dB, "
-        f"log-mel {log_mel_distance(waves, decoded).mean():.3f}, "
-        f"log-spectrum {log_spectrum_distance(waves, decoded).mean():.3f}, "
+        f"held out: {codec.cfg.kbps:.1f} kbit/s, SI-SNR {si_snrs.median():.2f} dB, "
+        f"log-mel {log_mels.mean():.3f}, log-spectrum {log_spectra.mean():.3f}, "
         f"% of codes used {used}, perplexity {effective}"
     )
 
@@ -331,8 +342,7 @@ def main():
 
     # Data: random crops come straight from the memory map, a function of seed and step alone.
     data = D.first_then_all(lambda: D.AudioData.from_flags(args, log=say))
-    held_out, _ = data.held_out(5 * D.SAMPLE_RATE, limit=80)
-    held_out = held_out.to(device)
+    held_out = held_out_waves(data, device)
     if args.eval_only:
         return say(evaluate(Codec.load(path, device), held_out, wavs))
 
@@ -341,17 +351,20 @@ def main():
     t = Training(config, recipe, device)
     t.flags = flags
     start = t.load(saved, resume_path) if args.resume else 0
+    if start >= recipe["steps"]:
+        return say(f"{resume_path}: is at the end of its {start} steps; --steps TOTAL goes on for longer")
     if start < t.disc_start:  # in the second stage the codes do not change
         protect_language_model(args.out)
-    D.choose_threads(args.threads, device, lambda: t.ema.encode(held_out[:1]), say)
+    one_second = torch.zeros(1, D.SAMPLE_RATE, device=device)
+    D.choose_threads(args.threads, device, lambda: t.ema.encode(one_second), say)
     steps, crop_length = recipe["steps"], int(recipe["seconds"] * D.SAMPLE_RATE)
     log = D.Log(log_path, start) if is_main else None
     parameters = sum(p.numel() for p in t.codec.parameters())
     disc = f"from step {t.disc_start} on with a discriminator" if t.disc_start < steps else "no discriminator"
     say(
         f"codec {args.size}, {config.streams} streams of {config.codebook_size} codes, "
-        f"{config.kbps} kbit/s, {parameters / 1e6:.1f} M parameters; {steps} steps of {recipe['batch']} x "
-        f"{recipe['seconds']} s on {device}, {disc}"
+        f"{config.kbps} kbit/s, {parameters / 1e6:.1f} M parameters; {steps} steps of {recipe['batch']} "
+        f"clips of {recipe['seconds']} s on {device}, {disc}"
     )
 
     # The loop.

@@ -356,6 +356,17 @@ def warn_of_cut_captions(counts, max_text_len: int, say) -> None:
         )
 
 
+def warn_of_silence(clips: list[D.Clip], say) -> None:
+    """Say what share of the held-out examples is silence after short clips."""
+    length = SECONDS * D.SAMPLE_RATE
+    share = 1 - np.mean([min(clip.length, length) for clip in clips]) / length
+    if share > 0.1:
+        say(
+            f"{100 * share:.0f} % of the held-out examples of {SECONDS} s is silence after shorter clips, "
+            "which is easy to predict and makes their loss low"
+        )
+
+
 def new_model(args, recipe: dict, codec, data, size: str, device) -> AudioLM:
     """A model and its tokenizer, made for these captions and this codec."""
     captions = [caption for clip in data.train for caption in clip.captions]
@@ -436,15 +447,17 @@ def main():
     lm.words = sorted({*lm.words, *D.words_of(" ".join(said))})
     t = Training(lm, recipe, device, rank, world_size)
     t.flags = flags
-    start = t.load(saved) if saved else 0
-    steps = recipe["steps"]
+    start, steps = t.load(saved) if saved else 0, recipe["steps"]
+    if start >= steps:
+        return say(f"{resume_path}: is at the end of its {start} steps; --steps TOTAL goes on for longer")
     log = D.Log(log_path, start) if is_main else None
+    warn_of_silence(held_out.clips, say)
     warn_of_cut_captions(token_counts(t.tokenizer, data, args.mix), lm.cfg.max_text_len, say)
     say(
         f"language model {size}, {sum(p.numel() for p in lm.parameters()) / 1e6:.1f} M parameters, text "
         f"vocabulary {lm.cfg.vocab_size}, up to {lm.cfg.max_text_len} text tokens; "
-        f"{steps} steps of {world_size} x {recipe['accumulate']} x {recipe['micro']} clips of {SECONDS} s "
-        f"({frames_per_step(t)} frames) on {device}; {100 * args.mix:.0f} % of them mixed"
+        f"{steps} steps of {frames_per_step(t)} frames, {recipe['micro']} clips of {SECONDS} s at a time on "
+        f"{device}; {100 * args.mix:.0f} % of them mixed"
     )
 
     # The loop.
