@@ -192,6 +192,7 @@ OTHER_MEDIA = {".m4a", ".aac", ".wma", ".mp4", ".webm", ".mkv", ".mov", ".avi"} 
 OTHER_MEDIA |= {".amr", ".ape", ".wv", ".3gp", ".mka", ".m4b", ".ac3", ".dts", ".ra"}
 UNREADABLE = "not read; ffmpeg -i X.m4a X.wav makes such files readable"
 MEDIA = tuple(AUDIO | OTHER_MEDIA)
+NO_TABLE = "a table that names no sound here, or is not understood"
 TABLES = {".csv", ".tsv", ".json", ".jsonl"}
 TEXTS = {".txt", ".lab", ".json", ".srt", ".vtt", ".textgrid", ".jams", ".eaf"}
 TEXTS |= {".xml", ".md", ".yaml", ".yml"}
@@ -202,7 +203,8 @@ NO_TABLES = {".parquet", ".xlsx", ".xls", ".ods", ".pkl", ".yaml", ".yml", ".tar
 CAPTIONS = "(main_)?captions?|.*captions?.*|sound_descri.*|audio_descri.*|sentences?|text|.*_value_text"
 CAPTIONS += "|(.*_)?transcri.*|descriptions?|prompts?|summary|words|.*description.*"
 CLASSES = "category|class|class_name|class_string|classname|labels?"
-TAGS = f"common_names?|display_names?|scientific_name|{CLASSES}|.*category.*|.*class.*|.*label.*|tags?"
+TAGS = f"common_names?|english_names?|common|display_names?|scientific_name|{CLASSES}"
+TAGS += "|.*category.*|.*class.*|.*label.*|tags?"
 TAGS += "|keywords?|.*event.*|.*scene.*|choice|.*_value_choices|name|species|genre|title"
 FIRST_TAG = len(CAPTIONS.split("|"))
 PATTERNS = f"{CAPTIONS}|{TAGS}".split("|")  # the names of columns of words, the best first
@@ -231,7 +233,7 @@ STRUCTURE = set("audio audios wav wavs flac mp3 ogg mono stereo raw clip clips s
 STRUCTURE |= set("rec recs recording recordings file files data dataset fold folder subfolder disc".split())
 STRUCTURE |= set("all my new untitled misc unsorted output export imported backup temp tmp final".split())
 STRUCTURE |= set("processed normalized denoised resampled trimmed segments chunks stems loops".split())
-STRUCTURE |= set("soundscapes recorded consolidate freeze bounces media takes".split())
+STRUCTURE |= set("soundscapes recorded consolidate freeze bounces media takes download downloads".split())
 
 WRITTEN = ("codec_wavs", "lm_wavs")  # folders that the training scripts write into --out
 SHOWN = 10  # lines of one kind that are printed; the others are counted
@@ -851,6 +853,11 @@ def match_column(table: Table, column: str, sounds: Sounds, given: bool) -> Matc
     names = [name for _, name in cells]
     exact = sum(os.path.basename(path) == name for path, name in zip(paths, names) if path)
     found = set(paths) - {""}
+    # Two folders above the table another project may have sounds of these names.
+    folders_between = os.path.relpath(table.path, sounds.root).count(os.sep)
+    is_far = folders_between > 1 and not any(folder for folder, _ in cells)
+    if is_far and (not all(paths) or sounds.share(found) < 1):
+        return None
     if not found or (not given and is_chance(column, names, paths, exact, sounds)):
         return None
     return Match(column, sounds, paths, exact, len(found))
@@ -1019,12 +1026,14 @@ def row_captions(table: Table, i: int, captions: list[str], tags: list[str]) -> 
 
 def check_moments(table: Table, match: Match):
     """Refuse rows that are about moments in files: of one file, several say when."""
+    columns = set(map(family, table.columns))
     for name, cells in table.columns.items():
         times = re.search("(^|_)(onset|offset|start|begin|end|stop)(s|time)?(_|$)", family(name))
         # Without a header, a column of numbers such as 2.5 is one of seconds.
         times = times or (name.isdecimal() and all(re.fullmatch(r"\d+\.\d+", str(cell)) for cell in cells))
         moments = {(path, str(cell)) for path, cell in zip(match.paths, cells) if path and times and cell}
-        region = moments and family(name).endswith("_value_start")  # as Label Studio marks them, even one
+        # Even one is, where Label Studio marked it or a detector says how sure it is.
+        region = moments and (family(name).endswith("_value_start") or "confidence" in columns)
         if region or len(moments) > match.distinct:
             what = f"its rows are about moments in the files (column {name!r}), not about whole sounds"
             advice = "cut the files there, or name the columns of words with --words"
@@ -1086,6 +1095,8 @@ def no_words(table: Table) -> NoWords:
     hint = ""
     if any(re.search(r"/[mgt]/\w", cell) for cell in cells):
         hint = " (class_labels_indices.csv beside it names ids such as /m/0a)"
+    elif sum(set(map(str, cells)) == {"0", "1"} for cells in table.columns.values()) > 1:
+        hint = " (0 and 1 are no words: write the names of the columns with 1 into one column, as 'dog;rain')"
     elif numbers:
         hint = f" ({numbers[0]!r} holds no words: write names of classes)"
     what = f"which column holds captions, of {listed(table.columns)}? choose with --words COLUMN"
@@ -1239,8 +1250,9 @@ def class_names(paths: list[str]) -> list[str]:
 def listed_splits(sounds: Sounds, notes: list) -> tuple[dict[str, str], set[str]]:
     """{path: 'train' or 'val'} of the sounds that lists such as testing_list.txt name, and these lists.
 
-    A list holds a name in each line and nothing else. What none names trains, unless one says what does."""
-    splits, lists = {}, set()
+    A list holds a name in each line and nothing else. What none names trains, unless one says what does. Of
+    fold1_test.txt, fold2_test.txt and so on the first counts."""
+    splits, lists, first = {}, set(), {}
     files = [path for path in sounds.others if kind_of(path) in TABLES | {"", ".txt", ".lst"}]
     for path, side in sides(path for path in files if split_word(os.path.basename(path))).items():
         full = os.path.join(sounds.root, path)
@@ -1251,10 +1263,11 @@ def listed_splits(sounds: Sounds, notes: list) -> tuple[dict[str, str], set[str]
             match = find_files(Table(full, {"name": lines}), "name")
             named = [os.path.join(match.sounds.root, sound) for sound in match.paths if sound]
             if 2 * len(named) >= len(lines):
-                splits |= dict.fromkeys(named, side)
                 lists.add(path)
+                if first.setdefault(re.sub(r"\d+", "", path), path) == path:
+                    splits |= dict.fromkeys(named, side)
     if lists:
-        notes.append(("", f"{sounds.root}: splits from the lists {listed(sorted(lists))}"))
+        notes.append(("", f"{sounds.root}: splits from the lists {listed(first.values())}"))
     return splits, lists
 
 
@@ -1269,7 +1282,7 @@ def refuse_two_readings(folder: str, entries: list[Entry], classes: list[str]):
 
 
 def tables_entries(folder: str, tables: list[str], classes: bool, flags: Flags, notes: list) -> list[Entry]:
-    """The entries of those tables in a folder that name sounds: of one, or of a table for each split.
+    """The entries of those tables in a folder that name sounds.
 
     Where the folders are `classes`, a table without words is about something else, too."""
     read, failed = {}, {}
@@ -1283,11 +1296,48 @@ def tables_entries(folder: str, tables: list[str], classes: bool, flags: Flags, 
         other = other or kind_of(path) == ".txt"  # such as notes
         if not other and (not read or split_word(path)):
             raise error
-        notes.append(("a table that names no sound here, or is not understood", f"{path} ({error})"))
+        notes.append((NO_TABLE, f"{path} ({error})"))
     words = set(map(split_word, read))
-    if len(read) > 1 and not all(map(METADATA.search, read)) and ("" in words or len(words) < len(read)):
-        raise UserError(f"{folder}: holds {len(read)} tables of sounds, {listed(read)}; give one, or several")
-    return list(itertools.chain(*read.values()))
+    if all(map(METADATA.search, read)) or ("" not in words and len(words) == len(read)):
+        return list(itertools.chain(*read.values()))
+    return joined(folder, read)
+
+
+def joined(folder: str, read: dict[str, list[Entry]]) -> list[Entry]:
+    """One list of what several tables say, each of which adds sounds or splits. Those whose names differ by a
+    word such as 'train' count as one; tags in metadata give way to other words.
+
+    UserError: they say different things of the same sounds."""
+
+    def kind(path: str) -> str:
+        """What a table is called, but for words such as 'train'."""
+        return re.sub("[a-z]+", lambda word: "" if word[0] in SPLIT_WORDS else word[0], path.lower())
+
+    def holds_tags(path: str) -> bool:
+        """Is it metadata without a column of captions?"""
+        table = read_table(os.path.join(folder, path), [])
+        return "metadata" in path.lower() and not find_words(table, set())[0]
+
+    series = {kind(path): [other for other in read if kind(other) == kind(path)] for path in read}
+    rows = {name: list(itertools.chain(*map(read.get, paths))) for name, paths in series.items()}
+    gives_way = {name: all(map(holds_tags, paths)) for name, paths in series.items()}
+    says_splits = {name: any(entry.split for entry in rows[name]) for name in series}
+    entries: dict[str, Entry] = {}
+    for name in sorted(series, key=lambda name: (gives_way[name], says_splits[name], -len(rows[name]))):
+        new = [entry for entry in rows[name] if entry.path not in entries]
+        pairs = [(entries[entry.path], entry) for entry in rows[name] if entry.path in entries]
+        agree = all(known.captions == entry.captions for known, entry in pairs)
+        if pairs:
+            fits = not new and (gives_way[name] or (agree and says_splits[name]))
+        else:
+            fits = len(set(map(os.path.dirname, read))) == 1
+        if entries and not fits:
+            what = f"holds {len(read)} tables of sounds, {listed(read)}, that do not fit together"
+            raise UserError(f"{folder}: {what}; give one, or several")
+        for known, entry in pairs:
+            known.split = known.split or entry.split
+        entries |= {entry.path: entry for entry in new}
+    return list(entries.values())
 
 
 def refuse_unread_words(sounds: Sounds, paths: list[str], others: list[str], classes: bool):
@@ -1307,6 +1357,8 @@ def refuse_unread_words(sounds: Sounds, paths: list[str], others: list[str], cla
     for path in others:
         name, full = os.path.basename(path).lower(), os.path.join(sounds.root, path)
         has_words = re.search("caption|transcri", name) or METADATA.search(path)
+        if name == "text":
+            raise UserError(f"{full}: texts as Kaldi has them are not read; write a table of files and texts")
         if kind_of(path) in NO_TABLES and (has_words or not classes):
             read_text(full, [])  # its error says what to do with it
         if kind_of(path) not in TABLES | {".txt", ".lst"}:
@@ -1344,7 +1396,8 @@ def described_entries(sounds: Sounds, flags: Flags, notes: list) -> list[Entry]:
     described = set(map(stem, paths))
     others = [path for path in sounds.others if os.path.splitext(path)[0] not in described]
     tables = [path for path in others if kind_of(path) in TABLES | {".txt"}]
-    tables = [path for path in tables if not re.search("readme|licen[cs]e|submission", path.lower())]
+    no_table = r"readme|licen[cs]e|submission|\berrors?\."
+    tables = [path for path in tables if not re.search(no_table, path.lower())]
     metadata = [path for path in tables if METADATA.search(path)]
     entries = tables_entries(folder, metadata, False, flags, notes)
     if not entries:
@@ -1372,6 +1425,8 @@ def class_entries(
     notes += [("not understood", path) for path in unread]
     if not any(classes):
         what = f"no words for its {len(classes)} sounds" if classes else "no usable sound"
+        unread = [what for why, what in notes if why == NO_TABLE]
+        what += f" ({unread[0]})" if unread else ""
         what += "; expected clip.txt beside clip.wav, folders of classes"
         raise UserError(f"{sounds.root}: {what}, or a table; if it lies elsewhere, give it as the source")
     what = "no table of sounds and no texts that are understood, so the names of folders are categories"

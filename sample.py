@@ -367,7 +367,7 @@ def main():
     spent, seconds = D.now(device) - began, frames / codec.cfg.frame_rate * len(clips)
     say(
         f"\n{seconds:.1f} s of sound in {spent:.1f} s, {seconds / spent:.1f} x real time, "
-        f"{1000 * spent / frames / len(batches):.1f} ms per frame; page: {index}"
+        f"{1000 * spent / frames / len(batches):.1f} ms per frame; page of these: {index}"
     )
 
 

@@ -289,6 +289,8 @@ REFUSED_TABLES = {
     "one,two,caption\na.wav,b.wav,rain\nb.wav,a.wav,wind\n": "--files",
     "path,onset,event\na.wav,0.1,dog\na.wav,0.9,cat\nb.wav,0,dog\n": "moments",
     "a.wav\t0.1\t0.5\tdog\na.wav\t0.9\t1.5\tcat\n": "moments",
+    "Start (s),End (s),Common name,Confidence,File\n0,3,Barred Owl,0.9,a.wav\n": "moments",
+    "path,dog,rain\na.wav,0,1\nb.wav,1,0\n": "names of the columns with 1",
     "path,what,where\na.wav,rain,here\nb.wav,wind,there\n": "--words",
     "path,foo,number\na.wav,rain,1\nb.wav,wind,2\n": "--words",
     '{"audio": [{"file": "a.wav"}], "categories": [{"name": "dog"}]}': "several tables",
@@ -332,6 +334,7 @@ def test_words_that_lie_unread_beside_class_folders_are_refused(tmp_path):
         "bed/a.normalized.txt",
         "bed/a.jams",
         "bed/a.yaml",
+        "text",
         "captions.xlsx",
         "captions.csv",
     ]
@@ -458,6 +461,47 @@ def test_lists_of_names_are_splits_beside_captions_texts_and_class_folders(tmp_p
         assert found[:2] == ({"a.wav": ["rain"], "b.wav": ["wind"]}, {"a.wav": "train", "b.wav": "val"})
     splits = {"splits.json": '{"train": ["yes/1.wav"]}'}  # is not read, and says so
     assert "seems to list a split" in refusal(tmp_path / "x", ["yes/1.wav", "no/2.wav"], splits, "")
+
+
+def test_tables_of_a_folder_are_joined_where_each_adds_sounds_or_splits(tmp_path):
+    sounds = ["audio/1.wav", "audio/2.wav", "audio/3.wav", "audio/4.wav"]
+    all_four = "".join(f"{sound},{'rain' if '1' in sound else 'wind'}\n" for sound in sounds)
+    words = {sound: ["rain" if "1" in sound else "wind"] for sound in sounds}
+    meta, (first, rest) = {"meta.csv": "file,label\n" + all_four}, all_four.split("\n", 1)
+    fold = {
+        "setup/fold1_train.csv": f"file,label\n{rest}",
+        "setup/fold1_evaluate.csv": f"file,label\n{first}\n",
+    }
+    lists = {f"setup/fold{i}_test.txt": f"audio/{i}.wav\n" for i in (1, 2)}  # fold 1 counts
+    for i, files in enumerate((fold, lists, fold | lists)):  # DCASE
+        found = read(tmp_path / str(i), sounds, meta | files, "")
+        assert found[0] == words and [found[1][sound] for sound in sounds] == ["val"] + 3 * ["train"]
+    halves = {"b_noisy.csv": f"file,label\n{rest}", "a_curated.csv": f"file,label\n{first}\n"}
+    assert read(tmp_path / "halves", sounds, halves, "")[0] == words
+    names = {"c_development.csv": rest, "c_evaluation.csv": f"{first}\n"}  # Clotho
+    clotho = {name: "file,caption\n" + text for name, text in names.items()}
+    clotho |= {
+        f"metadata_{name}": f"file,keywords\n{text}".replace("wind", "air") for name, text in names.items()
+    }
+    found = read(tmp_path / "clotho", sounds, clotho, "")
+    assert found[0] == words and [found[1][sound] for sound in sounds] == ["val"] + 3 * ["train"]
+    other = {"old.csv": f"file,label\n{first}\n"}  # adds nothing
+    for i, files in enumerate(
+        (other, fold | {"setup/fold1_train.csv": f"file,label\n{rest}".replace("wind", "air")})
+    ):
+        assert "give one, or several" in refusal(tmp_path / f"x{i}", sounds, meta | files, "")
+
+
+def test_sounds_of_another_project_are_not_found_by_bare_names(tmp_path):
+    others, table = (
+        ["b/deep/1.wav", "b/deep/2.wav", "b/deep/3.wav"],
+        "file,caption\n1.wav,rain falls\n2.wav,x\n",
+    )
+    assert "no column names sounds" in refusal(
+        tmp_path / "x", others, {"a/meta/t.csv": table}, "a/meta/t.csv"
+    )
+    every = {"a/meta/t.csv": table + "3.wav,y\n"}  # names all that lie there
+    assert len(read(tmp_path / "y", others, every, "a/meta/t.csv")[0]) == 3
 
 
 def test_a_table_of_something_else_does_not_take_the_place_of_class_folders(tmp_path):
