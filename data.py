@@ -21,6 +21,7 @@ import glob
 import gzip
 import hashlib
 import html
+import importlib.util
 import io
 import itertools
 import json
@@ -153,8 +154,11 @@ def read_blocks(path: str) -> Iterator[torch.Tensor]:
             if file.format in ("OGG", "MP3") and unread > 2**16 and unread > 0.1 * os.path.getsize(path):
                 raise UserError("only its first part can be decoded")
     except (UserError, soundfile.LibsndfileError, OSError) as error:
-        why = re.sub("^Error opening .*?>: ", "", str(error))
-        raise UserError(f"{path}: cannot be read ({why}); export it again as WAV, FLAC or OGG") from None
+        why, advice = re.sub("^Error opening .*?>: ", "", str(error)), "export it again as WAV, FLAC or OGG"
+        with contextlib.suppress(OSError), open(path, "rb") as raw:
+            if raw.read(20) == b"version https://git-":
+                advice = "it is a pointer of Git LFS: type git lfs pull"
+        raise UserError(f"{path}: cannot be read ({why}); {advice}") from None
 
 
 def load_audio(path: str) -> torch.Tensor:
@@ -170,7 +174,7 @@ def turned_down(wave: torch.Tensor) -> torch.Tensor:
 def wav_bytes(wave: torch.Tensor) -> bytes:
     """A WAV file of 16 bits that holds wave (T,), `turned_down`."""
     buffer = io.BytesIO()
-    samples = turned_down(wave.float())
+    samples = turned_down(torch.as_tensor(wave).float())
     soundfile.write(buffer, samples.cpu().numpy(), SAMPLE_RATE, format="WAV", subtype="PCM_16")
     return buffer.getvalue()
 
@@ -196,7 +200,7 @@ NO_TABLE = "a table that names no sound here, or is not understood"
 TABLES = {".csv", ".tsv", ".json", ".jsonl"}
 TEXTS = {".txt", ".lab", ".json", ".srt", ".vtt", ".textgrid", ".jams", ".eaf"}
 TEXTS |= {".xml", ".md", ".yaml", ".yml"}
-NO_TABLES = {".parquet", ".xlsx", ".xls", ".ods", ".pkl", ".yaml", ".yml", ".tar", ".tgz", ".zip"}
+NO_TABLES = {".parquet", ".arrow", ".xlsx", ".xls", ".ods", ".pkl", ".yaml", ".yml", ".tar", ".tgz", ".zip"}
 
 # What columns of words are called, as patterns: of captions as they are, of one class, of tags to be joined.
 # Where several columns hold words, the first pattern decides.
@@ -1764,11 +1768,16 @@ def choose_splits(parts: list[list[Clip]]) -> None:
     """Say of every clip of every source whether it trains or validates ('both', of a single clip), in place.
 
     Where a source does not say it, a tenth of it validates; likewise where it says that all of it trains,
-    unless another source validates. The tenth is drawn by the clips' names alone, never by --seed: codec and
-    language model must not validate on what the other one trains on."""
+    unless another source validates. The tenth is drawn by names and lengths of the clips, never by --seed or
+    by folders: codec and language model should not validate on what the other one trains on."""
+
+    def lot(clip: Clip) -> bytes:
+        """As good as random."""
+        return hashlib.sha256(ascii((os.path.basename(clip.name), clip.length)).encode()).digest()
+
     validates = [any(clip.split == "val" for clip in part) for part in parts]
     for part, said in zip(parts, validates):
-        by_lot = sorted(part, key=lambda clip: hashlib.sha256(ascii(clip.name).encode()).digest())
+        by_lot = sorted(part, key=lot)
         by_lot.sort(key=lambda clip: clip.split == "train")  # what is said to train validates last of all
         all_train = all(clip.split == "train" for clip in part)
         tenth = 0 if said or (all_train and any(validates)) else max(1, round(len(part) / 10))
@@ -1820,7 +1829,8 @@ def pick(items: list, rng: np.random.Generator):
 
 def words_of(text: str) -> list[str]:
     """The words of a text, in lower case and in their order, each once."""
-    return list(dict.fromkeys(re.findall(r"[^\W\d_]+", text.lower())))
+    words = re.sub(r"[\d_']", " ", pseudo_sentence(text)).split()
+    return list(dict.fromkeys(words))
 
 
 class Tokenizer:
@@ -1878,10 +1888,18 @@ SOUNDS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sounds", "cli
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, like all others."""
+    """argparse whose errors are one line, like all others; --num-samples is --num_samples, too."""
+
+    def parse_args(self, args=None, namespace=None):
+        typed = sys.argv[1:] if args is None else args
+        words = [
+            re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in typed
+        ]
+        return super().parse_args(words, namespace)
 
     def error(self, message):
-        raise UserError(f"{message}; type python {self.prog} --help for all flags")
+        quotes = "; put words that belong together in quotes" if re.search("arguments: [^-]", message) else ""
+        raise UserError(f"{message}{quotes}; type python {self.prog} --help for all flags")
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
@@ -1897,7 +1915,7 @@ def add_column_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--files", metavar="COLUMN", help="column that names the sound files (default: found by content)")
     add("--words", metavar="COLUMN[,COLUMN]", help="columns of captions (default: found by name and content)")
-    add("--split-column", metavar="COLUMN", help="column that says train, val or test (default: found)")
+    add("--split_column", metavar="COLUMN", help="column that says train, val or test (default: found)")
 
 
 COLUMN_FLAGS = ("files", "words", "split_column")
@@ -2008,11 +2026,13 @@ def now(device: torch.device) -> float:
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on GPUs and on processors that multiply it natively, else float32."""
+    """bfloat16 on GPUs (from Ampere on) and processors that multiply it natively, else float32."""
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    if device.type == "cuda" or (device.type == "cpu" and native and native()):
-        return torch.bfloat16
-    return torch.float32
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = device.type == "cpu" and native and native()
+    return torch.bfloat16 if fast else torch.float32
 
 
 def choose_threads(asked: int | None, device: torch.device, work: Callable, say: Callable) -> None:
@@ -2034,6 +2054,13 @@ def choose_threads(asked: int | None, device: torch.device, work: Callable, say:
     torch.set_num_threads(best)
     if seconds[every] > 1.5 * seconds[1]:  # less may be a small model, or chance
         say(f"! one thread is {seconds[every] / seconds[1]:.1f} times as fast as {every}: the cores are busy")
+
+
+def can_compile(device: torch.device) -> bool:
+    """Does torch.compile work here? It wants Triton, which Windows lacks, and a GPU from Volta on."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -2184,12 +2211,15 @@ def first_then_all(make: Callable):
 
 
 class Stopper:
-    """Turns Ctrl-C and SIGTERM into a flag: the loop ends its step, saves, says where. A second one kills."""
+    """Turns Ctrl-C, SIGTERM and a closed terminal into a flag: the loop ends its step, saves, says where. A
+    second one kills."""
 
     def __init__(self):
         self.signal = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.catch)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
+                signal.signal(number, self.catch)
 
     def catch(self, number, frame):
         """The signal handler."""
@@ -2248,9 +2278,12 @@ class Log:
     def __init__(self, path: str, from_step: int = 0):
         self.path = path
         kept = [row for row in log_rows(path) if int(row["step"]) <= from_step]
-        open(path, "w").close()
-        for row in kept:
-            self.write(row)
+        text = io.StringIO()
+        if kept:
+            writer = csv.DictWriter(text, kept[0])
+            writer.writeheader()
+            writer.writerows(kept)
+        write_atomic(text.getvalue().encode(), path)
 
     def write(self, row: dict) -> None:
         """Append a row; the first one names the columns."""
@@ -2261,12 +2294,14 @@ class Log:
             writer.writerow(row)
 
 
-def check_run(args, resume_path: str, log_path: str) -> None:
+def check_run(args, resume_path: str) -> None:
     """UserError: there is no run to resume, or a new one would overwrite one of more than a hundred steps."""
     if args.resume and not os.path.exists(resume_path):
         raise UserError(f"{resume_path}: no run to go on with; type its --out, or begin one without --resume")
     if not (args.resume or args.eval_only) and os.path.exists(resume_path):
-        done = max((int(row["step"]) for row in log_rows(log_path)), default=0)
+        done = 0
+        with contextlib.suppress(Exception):  # of what cannot be loaded nothing is lost
+            done = torch.load(resume_path, weights_only=True, mmap=True)["step"]
         if done > 100:
             advice = "go on with it by --resume; for a new one choose another --out, or delete that file"
             raise UserError(f"{resume_path}: is a run of {done} steps; {advice}")
@@ -2302,10 +2337,12 @@ def show_entries(entries: list[Entry]):
     for entry in sample:
         try:
             if not os.path.isfile(entry.path):  # a pipe would keep us waiting
-                raise OSError(f"{entry.path}: is no file")
-            seconds += soundfile.info(os.fsencode(entry.path)).duration
-        except (RuntimeError, OSError) as why:
-            broken.append(printable(f"  {why}"))
+                raise OSError("is no file")
+            with open(entry.path, "rb") as file:
+                seconds += soundfile.info(file).duration
+        except (RuntimeError, OSError) as error:
+            why = re.sub("^Error opening .*?>: ", "", str(error))
+            broken.append(printable(f"  {entry.path}: {why}"))
     in_all = as_time(seconds * len(entries) / len(sample))
     print(in_all + (f", as {len(sample)} clips have it" if len(sample) < len(entries) else ""))
     if broken:

@@ -352,6 +352,8 @@ class AudioLM(nn.Module):
         window of frames; of a longer prefix, too, it reads no more than that."""
         B, cfg = len(text), self.cfg
         generators = [torch.Generator().manual_seed(int(s)) for s in (range(B) if seeds is None else seeds)]
+        if len(generators) != B:
+            raise LMError(f"{len(generators)} seeds for {B} texts: give one for each")
         u, cross_kv, cache = self.read_text(text, guidance, negative)
         copies = len(u) // B  # of every clip: with its text and, for guidance, without
         positions = torch.arange(u.shape[1] + cfg.max_frames, device=u.device)
@@ -524,8 +526,9 @@ class Int8Linear(nn.Module):
     """A linear layer for sampling on a CPU: weights of 8 bits, and a scale for each output.
 
     A frame takes as long as reading the weights, and these are a quarter of float32's. The kernel is the one
-    of gpt-fast. It has no gradient, rounds what comes in and goes out to bfloat16, and treats a row alike
-    whatever the batch. It is made for few rows: for more, such as a prompt's, floats are faster."""
+    of gpt-fast. It has no gradient, and rounds what comes in and goes out to bfloat16. It is made for one
+    position at a time: for more, such as a prompt's, floats are faster. (Positions decide, not rows: a sound
+    must not depend on how many others are made with it.)"""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -535,10 +538,9 @@ class Int8Linear(nn.Module):
         self.weight, self.scale, self.bias = nn.Buffer(weight), nn.Buffer(scale), linear.bias
 
     def forward(self, x):
-        rows = x.numel() // x.shape[-1]
-        if rows > 64:
+        if x.shape[-2] > 1:
             return F.linear(x, self.weight.to(x.dtype) * self.scale[:, None], self.bias)
-        y = torch._weight_int8pack_mm(x.bfloat16().view(rows, -1), self.weight, self.scale)
+        y = torch._weight_int8pack_mm(x.bfloat16().view(-1, x.shape[-1]), self.weight, self.scale)
         y = y.view(*x.shape[:-1], -1)
         return y.to(x.dtype) if self.bias is None else y + self.bias
 

@@ -17,6 +17,7 @@ import contextlib
 import difflib
 import html
 import itertools
+import math
 import os
 import re
 import struct
@@ -26,6 +27,7 @@ import zlib
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import data as D
 from codec import Codec, CodecError, MelLoss
@@ -77,6 +79,8 @@ def get_args():
         )
     if args.stream == "-" and getattr(sys.stdout, "isatty", bool)():
         raise D.UserError("--stream - writes a WAV to stdout: pipe it into a player, such as | aplay")
+    if args.stream and os.path.isfile(args.stream):
+        raise D.UserError(f"--stream {args.stream}: exists already; name another file, or delete it")
     if args.negative and args.guidance == 1:
         raise D.UserError("--negative does nothing at --guidance 1: give another guidance, such as 3")
     if args.best_of > 1 and not (args.prompt[0] or args.negative):
@@ -109,9 +113,14 @@ def find_weights(args) -> tuple[str, str]:
             f"{lm}: no such checkpoint: type python train_codec.py && python train_lm.py "
             "--streams 4, or name others with --lm and --codec"
         )
-    codec = args.codec or os.path.join(os.path.dirname(lm), "codec.pt")
+    codec = args.codec or os.path.dirname(lm) or "."
+    if os.path.isdir(codec):
+        codec = os.path.join(codec, "codec.pt")
     if not os.path.exists(codec):
-        raise D.UserError(f"{codec}: no such checkpoint: name the codec of {lm} with --codec")
+        raise D.UserError(
+            f"{codec}: no such checkpoint: name the codec of {lm} with --codec, or the pair that ships with "
+            "--lm pretrained"
+        )
     return lm, codec
 
 
@@ -206,7 +215,10 @@ def load_models(args, device, say):
     """The codec, the language model, ready for sampling, and its tokenizer."""
     lm_path, codec_path = find_weights(args)
     codec = Codec.load(codec_path, device)
-    lm = AudioLM.load(lm_path, device, codec.hash())
+    try:
+        lm = AudioLM.load(lm_path, device, codec.hash())
+    except LMError as error:
+        raise LMError(f"{error}{'' if args.lm else '; --lm pretrained names the pair that ships'}") from None
     tokenizer = D.Tokenizer(lm.tokenizer)
     # A frame takes as long as reading the weights once. On a GPU bfloat16 halves them, and on a CPU `pack`
     # rounds them to 8 bits.
@@ -343,6 +355,8 @@ def main():
                 prefix=prefix.expand(len(batch), -1, -1),
                 **options,
             )
+            what = f"making {len(batch)} sounds"
+            blocks = tqdm(blocks, what, math.ceil(frames / 25), unit=" blocks", disable=None, leave=False)
             if args.stream:
                 waves = [write_stream(decode_after(codec, heard, prefix, blocks), args.stream)]
             else:

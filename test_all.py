@@ -495,12 +495,12 @@ def test_tables_of_a_folder_are_joined_where_each_adds_sounds_or_splits(tmp_path
 def test_sounds_of_another_project_are_not_found_by_bare_names(tmp_path):
     others, table = (
         ["b/deep/1.wav", "b/deep/2.wav", "b/deep/3.wav"],
-        "file,caption\n1.wav,rain falls\n2.wav,x\n",
+        "file,caption\n1.wav,rain falls\n2.wav,wind blows\n",
     )
     assert "no column names sounds" in refusal(
         tmp_path / "x", others, {"a/meta/t.csv": table}, "a/meta/t.csv"
     )
-    every = {"a/meta/t.csv": table + "3.wav,y\n"}  # names all that lie there
+    every = {"a/meta/t.csv": table + "3.wav,dogs bark\n"}  # names all that lie there
     assert len(read(tmp_path / "y", others, every, "a/meta/t.csv")[0]) == 3
 
 
@@ -671,6 +671,7 @@ BAD_SOUNDS = {
     "no_samples": lambda path: write_wav(path, np.zeros(0, np.float32)),
     "not_a_number": lambda path: write_wav(path, np.full(1600, np.nan, np.float32), subtype="FLOAT"),
     "silent": lambda path: write_wav(path, np.zeros(1600, np.float32)),
+    "pointer": lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n"),
 }
 
 
@@ -682,7 +683,7 @@ def test_unreadable_files_are_named_and_do_not_stop_the_good_ones(tmp_path):
     table, said = write_text(tmp_path / "t.csv", "path,caption\n" + rows), []
     clips = D.prepare(table, str(tmp_path / "out"), said.append)
     assert [(clip.name, clip.length) for clip in clips] == [("good.wav", 3200)]
-    assert all(f"{name}.wav" in "\n".join(said) for name in BAD_SOUNDS)
+    assert all(f"{name}.wav" in "\n".join(said) for name in BAD_SOUNDS) and "git lfs pull" in "\n".join(said)
 
 
 def test_ten_files_of_a_kind_are_listed_and_loud_ones_are_turned_down_as_a_whole(tmp_path):
@@ -963,18 +964,35 @@ def test_a_folder_that_cannot_be_locked_is_used_all_the_same(tmp_path, monkeypat
         D.lock_folder(str(tmp_path)).close()
 
 
+def test_a_closed_terminal_stops_a_run_but_not_one_under_nohup():
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        D.Stopper()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        stopper = D.Stopper()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stopper.asked(CPU) and stopper.signal == "SIGHUP"
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+
+
 def test_a_run_is_not_overwritten_because_resume_was_forgotten(tmp_path):
-    path, checkpoint = str(tmp_path / "codec.csv"), write_text(tmp_path / "codec_train.pt", "")
-    log = D.Log(path)
+    checkpoint = write_text(tmp_path / "codec_train.pt", "no checkpoint")
     anew, on = (SimpleNamespace(resume=resume, eval_only=False) for resume in (False, True))
-    log.write({"step": 100})
-    D.check_run(anew, checkpoint, path)  # of so short a run not much is lost
-    log.write({"step": 101})
-    D.check_run(on, checkpoint, path)
+    D.check_run(anew, checkpoint)
+    D.save_atomic({"step": 100}, checkpoint)
+    D.check_run(anew, checkpoint)  # of so short a run not much is lost
+    D.save_atomic({"step": 101}, checkpoint)
+    D.check_run(on, checkpoint)
     with raises(D.UserError, match="101 steps; go on with it by --resume"):
-        D.check_run(anew, checkpoint, path)
+        D.check_run(anew, checkpoint)
     with raises(D.UserError, match="no run to go on with"):
-        D.check_run(on, str(tmp_path / "lm_train.pt"), path)
+        D.check_run(on, str(tmp_path / "lm_train.pt"))
+    path = str(tmp_path / "codec.csv")
     write_text(tmp_path / "codec.csv", "step;loss\n101;2,5\n")  # as some spreadsheets save it
     D.Log(path, 101).write({"step": 102})
     assert [row["step"] for row in D.log_rows(path)] == ["102"]
@@ -1392,10 +1410,13 @@ def test_weights_of_8_bits_predict_nearly_the_same_whatever_the_batch(dtype, lm)
     text, codes = TEXT.repeat(3, 1), CODES[:, :, :9].repeat(3, 1, 1)
     expected = next_logits(lm.to(dtype), codes, text)
     few, many = next_logits(lm.pack(), codes[:2], TEXT), next_logits(lm, codes, text)  # 34 and 102 rows
+    assert_close(few, many[:2], rtol=0, atol=1e-4)
     for logits in (few, many[:2]):
         assert (logits - expected[:2]).float().std() < 0.02 * expected.float().std()
     frames = [lm.generate(TEXT[:n], 12, seeds=[7, 8][:n], guidance=3.0) for n in (1, 2)]
     assert torch.equal(frames[0], frames[1][:1])
+    with raises(LMError, match="1 seeds for 2 texts"):
+        lm.generate(TEXT[:2], 12, seeds=[7])
 
 
 P, LIKELIEST = torch.tensor([[0.05, 0.4, 0.1, 0.3, 0.15], [0, 1, 0, 0, 0]])
@@ -2099,6 +2120,9 @@ train_lm --out made --size tiny --resume                leave --size out
 sample --prompt ' '                                     empty
 sample --seconds 1                                      --prompt
 sample --prompt rain --wat 3                            --wat
+sample --prompt a dog                                   in quotes
+sample --prompt rain --num-samples 0                    --num_samples
+sample --prompt rain --stream latin1.txt                exists already
 sample --prompts latin1.txt                             UTF-8
 sample --prompt rain --seconds nan                      --seconds
 sample --prompt rain --top_p 2                          --top_p

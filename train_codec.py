@@ -329,7 +329,7 @@ def main():
         os.path.join(args.out, name) for name in ("codec.pt", "codec_train.pt", "codec_wavs")
     )
     log_path = os.path.join(args.out, "codec.csv")
-    D.check_run(args, resume_path, log_path)
+    D.check_run(args, resume_path)
     known = args.resume or (args.eval_only and os.path.exists(resume_path))
     saved = load_checkpoint(resume_path, "nanoaudiogen codec training") if known else {}
     flags = D.recall_flags(args, saved)

@@ -95,7 +95,7 @@ class Training:
         self.flags: dict = {}  # what it trains on, see `D.recall_flags`
         cuda, self.sharded = device.type == "cuda", recipe["shard"] and world_size > 1
         self.optimizers = make_optimizers(lm, recipe["lr"], cuda, self.sharded)
-        if cuda:  # block by block: what one compiles to serves all the others
+        if D.can_compile(device):  # block by block: what one compiles to serves all the others
             for block in [*lm.text_encoder.blocks, *lm.blocks]:
                 block.compile(dynamic=False)
         self.model = lm
@@ -298,7 +298,9 @@ def load_models(args, device):
     """The codec, its path, and the model to start from where --finetune names one.
 
     UserError: codec and flags, or codec and model, do not belong together."""
-    codec_path = args.codec or os.path.join(args.finetune or args.out, "codec.pt")
+    codec_path = args.codec or args.finetune or args.out
+    if os.path.isdir(codec_path):
+        codec_path = os.path.join(codec_path, "codec.pt")
     if not os.path.exists(codec_path):
         remedy = f"one with --codec, or type python train_codec.py{D.data_command(args)}"
         if args.finetune:
@@ -412,7 +414,7 @@ def main():
     args = get_args()
     path, resume_path, wavs = (os.path.join(args.out, name) for name in ("lm.pt", "lm_train.pt", "lm_wavs"))
     log_path = os.path.join(args.out, "lm.csv")
-    D.check_run(args, resume_path, log_path)
+    D.check_run(args, resume_path)
     known = args.resume or (args.eval_only and os.path.exists(resume_path))
     saved = load_checkpoint(resume_path, "nanoaudiogen lm training") if known else {}
     flags = D.recall_flags(args, saved)
@@ -461,7 +463,7 @@ def main():
     )
 
     # The loop.
-    log_every, eval_every = max(1, steps // 100), max(50, steps // 5)
+    log_every, save_every, eval_every = max(1, steps // 100), max(50, steps // 20), max(50, steps // 5)
     stopper, clock, bad = D.Stopper(), D.Clock(start), 0
     for step in tqdm(range(start, steps), initial=start, total=steps, disable=not is_main, smoothing=0.05):
         done = step + 1
@@ -473,14 +475,15 @@ def main():
             D.mean_over_processes([losses])
         if logging and is_main:
             log_step(t, done, losses, grad_norm, clock.steps_per_second(done), log, say)
-        if done % eval_every and done < steps and not stopping:
+        evaluating = done % eval_every == 0 or done == steps
+        if not (evaluating or done % save_every == 0 or stopping):
             continue
         with clock.paused():
             t.save(path, resume_path, done)
             if stopping:
                 how = "to go on, type the same command and --resume"
                 return say(f"{stopper.signal or 'stopped'}: saved step {done} to {resume_path}; {how}")
-            if is_main:
+            if is_main and evaluating:
                 kept = copy.deepcopy(lm).eval()  # not compiled: the shapes of evaluation are others
                 say(as_text(evaluate(kept, t.tokenizer, held_out, final=done == steps)))
     if is_main:
