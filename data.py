@@ -747,11 +747,9 @@ def split_path(cell: object) -> tuple[str, str]:
     r"""The folder and the name in a cell, also of an address or with \; ('', '') if it is no name."""
     if isinstance(cell, list) and len(cell) == 1:
         cell = cell[0]
-    if isinstance(cell, float) and cell.is_integer():
-        cell = int(cell)
-    if type(cell) not in (str, int):
+    if type(cell) not in (str, int) and not (isinstance(cell, float) and cell.is_integer()):
         return "", ""
-    text = str(cell).strip().replace("\\", "/")
+    text = re.sub(r"^(\d+)\.0$", r"\1", str(cell).strip().replace("\\", "/"))  # 12.0, as pandas writes ids
     if "://" in text:
         text = urllib.parse.unquote(re.sub(r"\w+://|[?#].*", "", text))
     folder, _, name = text.rpartition("/")
@@ -1319,8 +1317,9 @@ def joined(folder: str, read: dict[str, list[Entry]]) -> list[Entry]:
 
     def holds_tags(path: str) -> bool:
         """Is it metadata without a column of captions?"""
-        table = read_table(os.path.join(folder, path), [])
-        return "metadata" in path.lower() and not find_words(table, set())[0]
+        if "metadata" not in path.lower():
+            return False
+        return not find_words(read_table(os.path.join(folder, path), []), set())[0]
 
     series = {kind(path): [other for other in read if kind(other) == kind(path)] for path in read}
     rows = {name: list(itertools.chain(*map(read.get, paths))) for name, paths in series.items()}
@@ -1985,6 +1984,7 @@ def one_line_errors(*kinds: type[Exception]):
         sys.stdout.flush()  # here, where a reader that has gone away is no traceback yet
         return
     except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # whoever read the output has gone away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

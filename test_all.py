@@ -313,6 +313,11 @@ def test_a_number_beside_the_column_of_files_names_no_sound(tmp_path):
     sounds = ["x/bed/0.wav", "x/cat/0.wav", "x/bed/1.wav", "x/cat/1.wav"]
     table = ",path,fold,label\n0,x/bed/1.wav,1,bed\n1,x/cat/0.wav,1,cat\n"
     assert read(tmp_path, sounds, table)[0] == {"x/bed/1.wav": ["bed"], "x/cat/0.wav": ["cat"]}
+    ids = "id,caption\n7.0,rain falls\n8.0,wind blows\n"  # as pandas writes them
+    assert read(tmp_path / "c", ["7.wav", "8.wav"], ids)[0] == {
+        "7.wav": ["rain falls"],
+        "8.wav": ["wind blows"],
+    }
     vocabulary = {"classes.csv": "id,name\n0,old dog\n1,old cat\n"}
     captions = read(tmp_path / "b", ["bed/0.wav", "cat/1.wav", "cat/2.wav", "bed/3.wav"], vocabulary, "")[0]
     assert sorted(captions.values()) == [["bed"], ["bed"], ["cat"], ["cat"]]
