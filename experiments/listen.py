@@ -3,7 +3,8 @@
     python experiments/listen.py --out assets/listen.html
     python experiments/listen.py --words "dog,rain,bell" --lm out/lm.pt --codec out/codec.pt --out listen.html
 
-The page needs no other file. Its sounds are MP3s, a tenth of the size of WAVs.
+The page needs no other file. Its sounds are MP3s, a tenth of the size of WAVs; those made from words also lie
+beside it, in a folder of its name: listen/dog_bark.mp3.
 """
 
 import base64
@@ -85,8 +86,11 @@ def main():
         f"{codec.cfg.kbps} kbit/s of them. On the right, the first sound made of each word, at guidance "
         f"{args.guidance:g}."
     )
-    with open(args.out, "w", encoding="utf-8") as file:
-        file.write(page(list(zip(prompts, zip(*versions))), note))
+    D.write_atomic(page(list(zip(prompts, zip(*versions))), note).encode(), args.out)
+    folder = os.path.splitext(args.out)[0]
+    os.makedirs(folder, exist_ok=True)
+    for words, wave in zip(prompts, versions[-1]):
+        D.write_atomic(mp3(wave), os.path.join(folder, f"{D.file_name(words)}.mp3"))
     print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.1f} MB")
 
 
