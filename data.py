@@ -674,7 +674,7 @@ class Sounds:
 
     def __init__(self, root: str, files: Iterable[str]):
         files = sorted(path.replace(os.sep, "/") for path in files)
-        self.root = root
+        self.root, self.is_far = root, False
         self.paths = [path for path in files if kind_of(path) in AUDIO]
         self.others = [path for path in files if kind_of(path) not in AUDIO]
         self.sizes = collections.Counter(map(os.path.dirname, self.paths))  # of the folders
@@ -855,12 +855,11 @@ def match_column(table: Table, column: str, sounds: Sounds, given: bool) -> Matc
     names = [name for _, name in cells]
     exact = sum(os.path.basename(path) == name for path, name in zip(paths, names) if path)
     found = set(paths) - {""}
-    # Two folders above the table another project may have sounds of these names.
-    folders_between = os.path.relpath(table.path, sounds.root).count(os.sep)
-    is_far = folders_between > 1 and not any(folder for folder, _ in cells)
-    if is_far and (not all(paths) or sounds.share(found) < 1):
-        return None
     if not found or (not given and is_chance(column, names, paths, exact, sounds)):
+        return None
+    # Far above the table another project may have sounds of some of these names.
+    bare = not any(folder for folder, _ in cells)
+    if sounds.is_far and bare and not given and sum(map(bool, paths)) < 0.9 * sum(map(bool, names)):
         return None
     return Match(column, sounds, paths, exact, len(found))
 
@@ -873,6 +872,7 @@ def likely_folders(table: Table, written: set[str]) -> Iterator[Sounds]:
     yield look("/", [path for path in written if path.startswith("/")])
     for above in range(3):
         sounds = walk(folder)
+        sounds.is_far = above == 2
         yield sounds
         if above == 0:
             yield look(os.getcwd(), written)
@@ -1028,14 +1028,17 @@ def row_captions(table: Table, i: int, captions: list[str], tags: list[str]) -> 
 
 def check_moments(table: Table, match: Match):
     """Refuse rows that are about moments in files: of one file, several say when."""
-    columns = set(map(family, table.columns))
+    columns = list(map(family, table.columns))
+    detections = (
+        "confidence" in columns and sum(bool(re.match("start|begin|end", name)) for name in columns) > 1
+    )
     for name, cells in table.columns.items():
         times = re.search("(^|_)(onset|offset|start|begin|end|stop)(s|time)?(_|$)", family(name))
         # Without a header, a column of numbers such as 2.5 is one of seconds.
         times = times or (name.isdecimal() and all(re.fullmatch(r"\d+\.\d+", str(cell)) for cell in cells))
         moments = {(path, str(cell)) for path, cell in zip(match.paths, cells) if path and times and cell}
         # Even one is, where Label Studio marked it or a detector says how sure it is.
-        region = moments and (family(name).endswith("_value_start") or "confidence" in columns)
+        region = moments and (family(name).endswith("_value_start") or detections)
         if region or len(moments) > match.distinct:
             what = f"its rows are about moments in the files (column {name!r}), not about whole sounds"
             advice = "cut the files there, or name the columns of words with --words"
@@ -1125,7 +1128,8 @@ def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Ent
     classes = [name for name in captions + tags if re.fullmatch(CLASSES, family(name))]
     entries: dict[str, Entry] = {}
     by_tags = 0
-    media = {os.path.basename(path): path for path in match.sounds.others if kind_of(path) in OTHER_MEDIA}
+    media = [path for path in match.sounds.others if kind_of(path) in OTHER_MEDIA]
+    media = {os.path.basename(path): os.path.join(match.sounds.root, path) for path in media}
     for i, sound in enumerate(match.paths):
         path, spoken = os.path.join(match.sounds.root, sound), row_captions(words, i, captions, [])
         texts = spoken or row_captions(words, i, [], tags)
@@ -1266,7 +1270,7 @@ def listed_splits(sounds: Sounds, notes: list) -> tuple[dict[str, str], set[str]
             named = [os.path.join(match.sounds.root, sound) for sound in match.paths if sound]
             if 2 * len(named) >= len(lines):
                 lists.add(path)
-                if first.setdefault(re.sub(r"\d+", "", path), path) == path:
+                if first.setdefault(re.sub(r"fold[ _-]?\d+", "", path.lower()), path) == path:
                     splits |= dict.fromkeys(named, side)
     if lists:
         notes.append(("", f"{sounds.root}: splits from the lists {listed(first.values())}"))
@@ -1302,14 +1306,14 @@ def tables_entries(folder: str, tables: list[str], classes: bool, flags: Flags, 
     words = set(map(split_word, read))
     if all(map(METADATA.search, read)) or ("" not in words and len(words) == len(read)):
         return list(itertools.chain(*read.values()))
-    return joined(folder, read)
+    return joined(folder, read, flags)
 
 
-def joined(folder: str, read: dict[str, list[Entry]]) -> list[Entry]:
+def joined(folder: str, read: dict[str, list[Entry]], flags: Flags) -> list[Entry]:
     """One list of what several tables say, each of which adds sounds or splits. Those whose names differ by a
     word such as 'train' count as one; tags in metadata give way to other words.
 
-    UserError: they say different things of the same sounds."""
+    UserError: they do not, or say different things of the same sounds."""
 
     def kind(path: str) -> str:
         """What a table is called, but for words such as 'train'."""
@@ -1317,7 +1321,7 @@ def joined(folder: str, read: dict[str, list[Entry]]) -> list[Entry]:
 
     def holds_tags(path: str) -> bool:
         """Is it metadata without a column of captions?"""
-        if "metadata" not in path.lower():
+        if flags.words or "metadata" not in path.lower():
             return False
         return not find_words(read_table(os.path.join(folder, path), []), set())[0]
 
@@ -1334,7 +1338,7 @@ def joined(folder: str, read: dict[str, list[Entry]]) -> list[Entry]:
             fits = not new and (gives_way[name] or (agree and says_splits[name]))
         else:
             fits = len(set(map(os.path.dirname, read))) == 1
-        if entries and not fits:
+        if len({entry.path for entry in rows[name]}) < len(rows[name]) or (entries and not fits):
             what = f"holds {len(read)} tables of sounds, {listed(read)}, that do not fit together"
             raise UserError(f"{folder}: {what}; give one, or several")
         for known, entry in pairs:
@@ -1381,8 +1385,9 @@ def folder_entries(folder: str, flags: Flags, notes: list) -> list[Entry]:
     splits, lists = listed_splits(sounds, notes)
     sounds.others = [path for path in sounds.others if path not in lists]
     entries = described_entries(sounds, flags, notes)
-    known = {*map(stem, sounds.paths), *(stem(what) for why, what in notes if why == UNREADABLE)}
-    media = [path for path in sounds.others if kind_of(path) in OTHER_MEDIA]
+    heard = [os.path.join(folder, path) for path in sounds.paths]
+    known = {*map(stem, heard), *(stem(what) for why, what in notes if why == UNREADABLE)}
+    media = [os.path.join(folder, path) for path in sounds.others if kind_of(path) in OTHER_MEDIA]
     notes += [(UNREADABLE, path) for path in media if stem(path) not in known]
     unlisted = "" if "train" in splits.values() else "train"
     for entry in entries if splits else []:
@@ -1578,8 +1583,8 @@ def decode_all(entries: list[Entry], folder: str, source: str, unread: list[str]
     if not clips:
         raise UserError(f"{source}: none of its {len(entries)} sounds can be used; the first: {left_out[0]}")
     said = summary(source, clips)
-    if left_out or loud:
-        said += f"; {len(left_out)} left out, {len(loud)} turned down: see left_out.txt, below --out"
+    if unread + left_out + loud:
+        said += f"; {len(unread + left_out)} left out, {len(loud)} turned down: see left_out.txt, below --out"
     with open(os.path.join(folder, "left_out.txt"), "w", encoding="utf-8") as file:
         file.writelines(printable(line) + "\n" for line in unread + left_out + loud)
     with open(os.path.join(folder, "index.json"), "w") as file:
@@ -1589,9 +1594,9 @@ def decode_all(entries: list[Entry], folder: str, source: str, unread: list[str]
 
 def as_time(seconds: float) -> str:
     """As people say it: '1.3 s', '12.5 minutes', '3.2 hours'."""
-    if seconds < 100:
+    if seconds < 60:
         return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
+    return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def summary(source: str, clips: list[dict]) -> str:
@@ -1770,9 +1775,10 @@ def choose_splits(parts: list[list[Clip]]) -> None:
     unless another source validates. The tenth is drawn by names and lengths of the clips, never by --seed or
     by folders: codec and language model should not validate on what the other one trains on."""
 
-    def lot(clip: Clip) -> bytes:
+    def lot(clip: Clip) -> list[bytes]:
         """As good as random."""
-        return hashlib.sha256(ascii((os.path.basename(clip.name), clip.length)).encode()).digest()
+        known = ((os.path.basename(clip.name), clip.length), clip.name)
+        return [hashlib.sha256(ascii(each).encode()).digest() for each in known]
 
     validates = [any(clip.split == "val" for clip in part) for part in parts]
     for part, said in zip(parts, validates):
@@ -1891,13 +1897,11 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         typed = sys.argv[1:] if args is None else args
-        words = [
-            re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in typed
-        ]
+        words = [re.sub("(?<=^--)[^=]+", lambda flag: flag[0].replace("-", "_"), word) for word in typed]
         return super().parse_args(words, namespace)
 
     def error(self, message):
-        quotes = "; put words that belong together in quotes" if re.search("arguments: [^-]", message) else ""
+        quotes = "; put words of one prompt in quotes" if "--prompt" in sys.argv else ""
         raise UserError(f"{message}{quotes}; type python {self.prog} --help for all flags")
 
 
@@ -2210,6 +2214,12 @@ def first_then_all(make: Callable):
     return result or make()
 
 
+def tell(text: str) -> None:
+    """Print a line above the progress bar; that nobody reads any more does not end a training."""
+    with contextlib.suppress(OSError):
+        tqdm.write(text)
+
+
 class Stopper:
     """Turns Ctrl-C, SIGTERM and a closed terminal into a flag: the loop ends its step, saves, says where. A
     second one kills."""
@@ -2223,7 +2233,7 @@ class Stopper:
 
     def catch(self, number, frame):
         """The signal handler."""
-        if self.signal:
+        if self.signal and number != getattr(signal, "SIGHUP", None):  # which comes twice
             raise KeyboardInterrupt
         self.signal = signal.Signals(number).name
 
@@ -2269,7 +2279,8 @@ def log_rows(path: str) -> list[dict]:
     if not os.path.exists(path):
         return []
     with open(path, newline="", errors="replace") as file:
-        return [row for row in csv.DictReader(file) if (row.get("step") or "").isdecimal()]
+        rows = csv.DictReader(file)
+        return [row for row in rows if None not in row and (row.get("step") or "").isdecimal()]
 
 
 class Log:
@@ -2330,7 +2341,7 @@ def show_entries(entries: list[Entry]):
     """Print the clips of each split, their length, the commonest and the longest captions, and five pairs."""
     captions = collections.Counter(caption for entry in entries for caption in entry.captions)
     splits = collections.Counter(entry.split for entry in entries)
-    unsaid = "without a split" if splits["val"] else "of which a tenth will validate"
+    unsaid = "of no split" if splits["val"] else "of no split: a tenth will validate"
     told = ", ".join(f"{n} {split or unsaid}" for split, n in sorted(splits.items()))
     print(f"{len(entries)} clips ({told}), {captions.total()} captions, {len(captions)} of them distinct")
     sample, seconds, broken = entries[:: -(-len(entries) // 2000)], 0.0, []

@@ -17,7 +17,6 @@ import contextlib
 import difflib
 import html
 import itertools
-import math
 import os
 import re
 import struct
@@ -118,8 +117,8 @@ def find_weights(args) -> tuple[str, str]:
         codec = os.path.join(codec, "codec.pt")
     if not os.path.exists(codec):
         raise D.UserError(
-            f"{codec}: no such checkpoint: name the codec of {lm} with --codec, or the pair that ships with "
-            "--lm pretrained"
+            f"{codec}: no such checkpoint: name the codec of {lm} with --codec, or type --lm pretrained for "
+            "the pair that ships"
         )
     return lm, codec
 
@@ -255,6 +254,14 @@ def best_of_each(n: int, evidence) -> list[int]:
     return [i * n + int(group.argmax()) for i, group in enumerate(evidence.split(n))]
 
 
+def with_progress(blocks, frames: int):
+    """Blocks of codes (B, K, f), `frames` in all, under a progress bar where there is a terminal."""
+    with tqdm(total=frames, desc="sampling", unit=" frames", disable=None, leave=False) as bar:
+        for block in blocks:
+            bar.update(block.shape[2])
+            yield block
+
+
 def without_first(pieces, n: int):
     """Pieces of a wave (1, t), without its first n samples."""
     for piece in pieces:
@@ -355,8 +362,7 @@ def main():
                 prefix=prefix.expand(len(batch), -1, -1),
                 **options,
             )
-            what = f"making {len(batch)} sounds"
-            blocks = tqdm(blocks, what, math.ceil(frames / 25), unit=" blocks", disable=None, leave=False)
+            blocks = with_progress(blocks, frames)
             if args.stream:
                 waves = [write_stream(decode_after(codec, heard, prefix, blocks), args.stream)]
             else:

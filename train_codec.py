@@ -335,7 +335,7 @@ def main():
     flags = D.recall_flags(args, saved)
     device, rank, world_size = D.start_processes(args.device)
     is_main = rank == 0
-    say = tqdm.write if is_main else lambda *_: None
+    say = D.tell if is_main else lambda *_: None
     recipe = choose_recipe(args, saved, device, world_size)
     config = CodecConfig(args.streams, args.size)
     lock = D.lock_folder(args.out) if is_main else None  # noqa: F841 (held until the process ends)
@@ -352,7 +352,9 @@ def main():
     t.flags = flags
     start = t.load(saved, resume_path) if args.resume else 0
     if start >= recipe["steps"]:
-        return say(f"{resume_path}: is at the end of its {start} steps; --steps TOTAL goes on for longer")
+        return say(
+            f"{resume_path}: has done its {start} steps; --eval_only measures it, --steps TOTAL goes on"
+        )
     if start < t.disc_start:  # in the second stage the codes do not change
         protect_language_model(args.out)
     one_second = torch.zeros(1, D.SAMPLE_RATE, device=device)
@@ -376,7 +378,8 @@ def main():
         losses, grad_norm, finite = train_step(t, wave, step)
         bad = 0 if finite else D.count_bad_steps(bad, step, resume_path, say)
 
-        done, stopping = step + 1, stopper.asked(device)
+        done = step + 1
+        stopping = stopper.asked(device) and done < steps
         if done % log_every == 0:
             D.mean_over_processes(list(losses.values()))
         if done % log_every == 0 and is_main:

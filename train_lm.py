@@ -420,7 +420,7 @@ def main():
     flags = D.recall_flags(args, saved)
     device, rank, world_size = D.start_processes(args.device)
     is_main = rank == 0
-    say = tqdm.write if is_main else lambda *_: None
+    say = D.tell if is_main else lambda *_: None
     lock = D.lock_folder(args.out) if is_main else None  # noqa: F841 (held until the process ends)
     codec, codec_path, lm = load_models(args, device)
     one_second = torch.zeros(1, D.SAMPLE_RATE, device=device)
@@ -451,7 +451,9 @@ def main():
     t.flags = flags
     start, steps = t.load(saved) if saved else 0, recipe["steps"]
     if start >= steps:
-        return say(f"{resume_path}: is at the end of its {start} steps; --steps TOTAL goes on for longer")
+        return say(
+            f"{resume_path}: has done its {start} steps; --eval_only measures it, --steps TOTAL goes on"
+        )
     log = D.Log(log_path, start) if is_main else None
     warn_of_silence(held_out.clips, say)
     warn_of_cut_captions(token_counts(t.tokenizer, data, args.mix), lm.cfg.max_text_len, say)
@@ -470,7 +472,7 @@ def main():
         logging = done % log_every == 0
         losses, grad_norm, finite = train_step(t, data, codec, step, args)
         bad = 0 if finite else D.count_bad_steps(bad, step, resume_path, say)
-        stopping = stopper.asked(device)
+        stopping = stopper.asked(device) and done < steps
         if logging:
             D.mean_over_processes([losses])
         if logging and is_main:
