@@ -139,6 +139,11 @@ def decode_blocks(file: soundfile.SoundFile) -> Iterator[torch.Tensor]:
         yield torch.from_numpy(mono)[None]
 
 
+def why_unread(error: Exception) -> str:
+    """What libsndfile or the system says of a file, without its name."""
+    return re.sub("^Error opening .*?>: ", "", str(error))
+
+
 def read_blocks(path: str) -> Iterator[torch.Tensor]:
     """The sound in `path` as float32 blocks (T,) at 16 kHz mono. UserError: it cannot be decoded."""
     if not os.path.isfile(path):
@@ -154,11 +159,11 @@ def read_blocks(path: str) -> Iterator[torch.Tensor]:
             if file.format in ("OGG", "MP3") and unread > 2**16 and unread > 0.1 * os.path.getsize(path):
                 raise UserError("only its first part can be decoded")
     except (UserError, soundfile.LibsndfileError, OSError) as error:
-        why, advice = re.sub("^Error opening .*?>: ", "", str(error)), "export it again as WAV, FLAC or OGG"
+        advice = "export it again as WAV, FLAC or OGG"
         with contextlib.suppress(OSError), open(path, "rb") as raw:
             if raw.read(20) == b"version https://git-":
                 advice = "it is a pointer of Git LFS: type git lfs pull"
-        raise UserError(f"{path}: cannot be read ({why}); {advice}") from None
+        raise UserError(f"{path}: cannot be read ({why_unread(error)}); {advice}") from None
 
 
 def load_audio(path: str) -> torch.Tensor:
@@ -670,13 +675,15 @@ CLIP_NAME = re.compile(
 
 
 class Sounds:
-    """The sounds below a folder, by their paths relative to it with /, and the other files there."""
+    """The sounds below a folder, by their paths relative to it with /, and the other files there; `media` are
+    those of these that hold sound in a format which is not read, with the folder."""
 
     def __init__(self, root: str, files: Iterable[str]):
         files = sorted(path.replace(os.sep, "/") for path in files)
         self.root, self.is_far = root, False
         self.paths = [path for path in files if kind_of(path) in AUDIO]
         self.others = [path for path in files if kind_of(path) not in AUDIO]
+        self.media = [os.path.join(root, path) for path in self.others if kind_of(path) in OTHER_MEDIA]
         self.sizes = collections.Counter(map(os.path.dirname, self.paths))  # of the folders
         self.index = collections.defaultdict(list)  # {name: [path, ...]}
         self.clips = collections.defaultdict(list)  # {the id that a name begins with: [(path, second), ...]}
@@ -824,18 +831,21 @@ def own_folders(cells: list[tuple[str, str]], places: list[list[Place]]) -> list
     return [row if row and row[0][0] <= ignored[len(ignored) // 2] else [] for row in kept]
 
 
-def is_chance(column: str, names: list[str], paths: list[str], exact: int, sounds: Sounds) -> bool:
-    """May it be chance that a column's names are those of sounds? It is none if most rows have their sound
-    or, but for mere numbers, most sounds have a row."""
+def is_chance(column: str, cells: list[tuple], paths: list[str], exact: int, sounds: Sounds) -> bool:
+    """May it be chance that a column's cells (folder, name) name sounds? It is none if most rows have their
+    sound or, but for mere numbers, most sounds have a row."""
     found = set(paths) - {""}
+    rows_found, rows = sum(map(bool, paths)), sum(bool(name) for _, name in cells)
+    # Far above the table another project may have sounds of some of these names.
+    if sounds.is_far and not any(folder for folder, _ in cells) and rows_found < 0.9 * rows:
+        return True
     stems = [stem(os.path.basename(path)) for path in found]
     numbers = not exact and all(map(str.isdecimal, stems))
     if numbers and re.fullmatch("|id|index|idx|number|unnamed", family(column)):
         # A few ids that begin at 0 or 1 number something else than the many sounds there, such as classes.
         if max(map(int, stems)) <= len(found) and 2 * len(found) <= len(sounds.paths):
             return True
-    most_rows = 2 * sum(map(bool, paths)) >= sum(map(bool, names))
-    return not most_rows and (numbers or sounds.share(found) < 0.5)
+    return 2 * rows_found < rows and (numbers or sounds.share(found) < 0.5)
 
 
 def match_column(table: Table, column: str, sounds: Sounds, given: bool) -> Match | None:
@@ -852,14 +862,9 @@ def match_column(table: Table, column: str, sounds: Sounds, given: bool) -> Matc
     cells = [split_path(cell) for cell in cells]
     places = own_folders(cells, [places_of(cell, table, i, sounds) for i, cell in enumerate(cells)])
     paths = [row[0][2] if row else "" for row in below_one_base(table, places, sounds)]
-    names = [name for _, name in cells]
-    exact = sum(os.path.basename(path) == name for path, name in zip(paths, names) if path)
+    exact = sum(os.path.basename(path) == name for path, (_, name) in zip(paths, cells) if path)
     found = set(paths) - {""}
-    if not found or (not given and is_chance(column, names, paths, exact, sounds)):
-        return None
-    # Far above the table another project may have sounds of some of these names.
-    bare = not any(folder for folder, _ in cells)
-    if sounds.is_far and bare and not given and sum(map(bool, paths)) < 0.9 * sum(map(bool, names)):
+    if not found or (not given and is_chance(column, cells, paths, exact, sounds)):
         return None
     return Match(column, sounds, paths, exact, len(found))
 
@@ -905,7 +910,7 @@ def find_files(table: Table, files: str | None) -> Match:
                 raise error
         if matches:
             return best_match(table, matches)
-        if any(kind_of(path) in OTHER_MEDIA for path in sounds.others):
+        if sounds.media:
             hint = ": there are .m4a or films, which ffmpeg -i X.m4a X.wav makes readable"
     what = f"no column names sounds that exist, of {listed(written)}{hint}"
     raise NoSounds(f"{table.path}: {what}; put the table beside its sounds, or choose with --files COLUMN")
@@ -1108,6 +1113,13 @@ def no_words(table: Table) -> NoWords:
     return NoWords(f"{table.path}: {what}{hint}")
 
 
+def words_source(words: Table, columns: list[str]) -> str:
+    """What to call the source of words: columns of a file, texts beside the sounds, or folders."""
+    if words.path.endswith(os.sep):
+        return "texts beside them" + (f", {listed(columns)}" if columns != ["caption"] else "")
+    return "names of folders" if os.path.isdir(words.path) else listed(columns)
+
+
 def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Entry]:
     """An entry for each sound, which several rows may caption."""
     split = flags.split or find_splits(table, {match.column, *flags.words})
@@ -1128,8 +1140,7 @@ def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Ent
     classes = [name for name in captions + tags if re.fullmatch(CLASSES, family(name))]
     entries: dict[str, Entry] = {}
     by_tags = 0
-    media = [path for path in match.sounds.others if kind_of(path) in OTHER_MEDIA]
-    media = {os.path.basename(path): os.path.join(match.sounds.root, path) for path in media}
+    media = {os.path.basename(path): path for path in match.sounds.media}
     for i, sound in enumerate(match.paths):
         path, spoken = os.path.join(match.sounds.root, sound), row_captions(words, i, captions, [])
         texts = spoken or row_captions(words, i, [], tags)
@@ -1150,17 +1161,8 @@ def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Ent
         what = f"no usable row among {len(splits)}: {listed(captions + tags)} hold no words where a sound is"
         raise UserError(f"{table.path}: {what}; expected captions, or names of classes")
     where = os.path.commonpath(list(map(os.path.dirname, entries)))
-    said = (
-        f"{table.path}: files from {match.column!r} in {where}"
-        if os.path.isfile(table.path)
-        else f"sounds in {where}"
-    )
-    source = listed(captions or tags[:1])
-    if words.path.endswith(os.sep):
-        source = "texts beside them" + (f", {source}" if captions != ["caption"] else "")
-    elif os.path.isdir(words.path):
-        source = "names of folders"
-    said += f", words from {source}"
+    files = f"{table.path}: files from {match.column!r}" if os.path.isfile(table.path) else "sounds"
+    said = f"{files} in {where}, words from {words_source(words, captions or tags[:1])}"
     said += f" (of {by_tags} rows from {listed(tags)})" if by_tags else ""
     told = repr(split) if split else "names" if any(splits) else "nothing"
     notes.append(("", f"{said}, splits from {told}"))
@@ -1325,12 +1327,13 @@ def joined(folder: str, read: dict[str, list[Entry]], flags: Flags) -> list[Entr
             return False
         return not find_words(read_table(os.path.join(folder, path), []), set())[0]
 
-    series = {kind(path): [other for other in read if kind(other) == kind(path)] for path in read}
-    rows = {name: list(itertools.chain(*map(read.get, paths))) for name, paths in series.items()}
-    gives_way = {name: all(map(holds_tags, paths)) for name, paths in series.items()}
-    says_splits = {name: any(entry.split for entry in rows[name]) for name in series}
+    rows, gives_way = collections.defaultdict(list), {}
+    for path, entries_of_path in read.items():
+        rows[kind(path)] += entries_of_path
+        gives_way[kind(path)] = gives_way.get(kind(path), True) and holds_tags(path)
+    says_splits = {name: any(entry.split for entry in part) for name, part in rows.items()}
     entries: dict[str, Entry] = {}
-    for name in sorted(series, key=lambda name: (gives_way[name], says_splits[name], -len(rows[name]))):
+    for name in sorted(rows, key=lambda name: (gives_way[name], says_splits[name], -len(rows[name]))):
         new = [entry for entry in rows[name] if entry.path not in entries]
         pairs = [(entries[entry.path], entry) for entry in rows[name] if entry.path in entries]
         agree = all(known.captions == entry.captions for known, entry in pairs)
@@ -1387,8 +1390,7 @@ def folder_entries(folder: str, flags: Flags, notes: list) -> list[Entry]:
     entries = described_entries(sounds, flags, notes)
     heard = [os.path.join(folder, path) for path in sounds.paths]
     known = {*map(stem, heard), *(stem(what) for why, what in notes if why == UNREADABLE)}
-    media = [os.path.join(folder, path) for path in sounds.others if kind_of(path) in OTHER_MEDIA]
-    notes += [(UNREADABLE, path) for path in media if stem(path) not in known]
+    notes += [(UNREADABLE, path) for path in sounds.media if stem(path) not in known]
     unlisted = "" if "train" in splits.values() else "train"
     for entry in entries if splits else []:
         entry.split = splits.get(entry.path) or entry.split or unlisted
@@ -1901,7 +1903,8 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(words, namespace)
 
     def error(self, message):
-        quotes = "; put words of one prompt in quotes" if "--prompt" in sys.argv else ""
+        is_word = "--prompt" in sys.argv and re.match("unrecognized arguments: [^-]", message)
+        quotes = "; put words of one prompt in quotes" if is_word else ""
         raise UserError(f"{message}{quotes}; type python {self.prog} --help for all flags")
 
 
@@ -2127,6 +2130,11 @@ def set_lr(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:
             group["lr"] = lr
 
 
+def file_in(path: str, name: str) -> str:
+    """The path, or where it is a folder the file of this name in it."""
+    return os.path.join(path, name) if os.path.isdir(path) else path
+
+
 def lock_folder(folder: str):
     """Make `folder` and hold it for as long as what is returned is kept: two runs would undo each other."""
     try:
@@ -2305,6 +2313,13 @@ class Log:
             writer.writerow(row)
 
 
+def is_done(resume_path: str, step: int, steps: int, say: Callable) -> bool:
+    """Has a resumed run nothing left to do? Then what to type instead is said."""
+    if step >= steps:
+        say(f"{resume_path}: has done its {step} steps; --eval_only measures it, --steps TOTAL goes on")
+    return step >= steps
+
+
 def check_run(args, resume_path: str) -> None:
     """UserError: there is no run to resume, or a new one would overwrite one of more than a hundred steps."""
     if args.resume and not os.path.exists(resume_path):
@@ -2352,8 +2367,7 @@ def show_entries(entries: list[Entry]):
             with open(entry.path, "rb") as file:
                 seconds += soundfile.info(file).duration
         except (RuntimeError, OSError) as error:
-            why = re.sub("^Error opening .*?>: ", "", str(error))
-            broken.append(printable(f"  {entry.path}: {why}"))
+            broken.append(printable(f"  {entry.path}: {why_unread(error)}"))
     in_all = as_time(seconds * len(entries) / len(sample))
     print(in_all + (f", as {len(sample)} clips have it" if len(sample) < len(entries) else ""))
     if broken:

@@ -104,17 +104,13 @@ def find_weights(args) -> tuple[str, str]:
     made = [os.path.join(folder, "lm.pt") for folder, _, files in walk if "lm.pt" in files]
     here = os.path.dirname(os.path.abspath(__file__))
     shipped = os.path.join("" if here == os.getcwd() else here, "pretrained", "lm.pt")
-    lm = args.lm or max(made, key=os.path.getmtime, default=shipped)
-    if os.path.isdir(lm):
-        lm = os.path.join(lm, "lm.pt")
+    lm = D.file_in(args.lm or max(made, key=os.path.getmtime, default=shipped), "lm.pt")
     if not os.path.exists(lm):
         raise D.UserError(
             f"{lm}: no such checkpoint: type python train_codec.py && python train_lm.py "
             "--streams 4, or name others with --lm and --codec"
         )
-    codec = args.codec or os.path.dirname(lm) or "."
-    if os.path.isdir(codec):
-        codec = os.path.join(codec, "codec.pt")
+    codec = D.file_in(args.codec or os.path.dirname(lm) or ".", "codec.pt")
     if not os.path.exists(codec):
         raise D.UserError(
             f"{codec}: no such checkpoint: name the codec of {lm} with --codec, or type --lm pretrained for "

@@ -993,8 +993,7 @@ def test_a_run_is_not_overwritten_because_resume_was_forgotten(tmp_path):
         D.check_run(anew, checkpoint)
     with raises(D.UserError, match="no run to go on with"):
         D.check_run(on, str(tmp_path / "lm_train.pt"))
-    path = str(tmp_path / "codec.csv")
-    write_text(tmp_path / "codec.csv", "step;loss\n101;2,5\n")  # as some spreadsheets save it
+    path = write_text(tmp_path / "codec.csv", "step;loss\n101;2,5\n")  # as some spreadsheets save it
     D.Log(path, 101).write({"step": 102})
     assert [row["step"] for row in D.log_rows(path)] == ["102"]
 

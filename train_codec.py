@@ -351,10 +351,8 @@ def main():
     t = Training(config, recipe, device)
     t.flags = flags
     start = t.load(saved, resume_path) if args.resume else 0
-    if start >= recipe["steps"]:
-        return say(
-            f"{resume_path}: has done its {start} steps; --eval_only measures it, --steps TOTAL goes on"
-        )
+    if D.is_done(resume_path, start, recipe["steps"], say):
+        return
     if start < t.disc_start:  # in the second stage the codes do not change
         protect_language_model(args.out)
     one_second = torch.zeros(1, D.SAMPLE_RATE, device=device)

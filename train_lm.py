@@ -298,9 +298,7 @@ def load_models(args, device):
     """The codec, its path, and the model to start from where --finetune names one.
 
     UserError: codec and flags, or codec and model, do not belong together."""
-    codec_path = args.codec or args.finetune or args.out
-    if os.path.isdir(codec_path):
-        codec_path = os.path.join(codec_path, "codec.pt")
+    codec_path = D.file_in(args.codec or args.finetune or args.out, "codec.pt")
     if not os.path.exists(codec_path):
         remedy = f"one with --codec, or type python train_codec.py{D.data_command(args)}"
         if args.finetune:
@@ -450,10 +448,8 @@ def main():
     t = Training(lm, recipe, device, rank, world_size)
     t.flags = flags
     start, steps = t.load(saved) if saved else 0, recipe["steps"]
-    if start >= steps:
-        return say(
-            f"{resume_path}: has done its {start} steps; --eval_only measures it, --steps TOTAL goes on"
-        )
+    if D.is_done(resume_path, start, steps, say):
+        return
     log = D.Log(log_path, start) if is_main else None
     warn_of_silence(held_out.clips, say)
     warn_of_cut_captions(token_counts(t.tokenizer, data, args.mix), lm.cfg.max_text_len, say)
