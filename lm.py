@@ -358,6 +358,7 @@ class AudioLM(nn.Module):
         copies = len(u) // B  # of every clip: with its text and, for guidance, without
         positions = torch.arange(u.shape[1] + cfg.max_frames, device=u.device)
 
+        @torch.inference_mode()  # a tenth faster than no_grad in a small model
         def sample_and_decode(logits, noise, input_pos, cache=cache):
             """Choose a frame (B, K), and read it: the logits of the next (2 B, K, V)."""
             logp = classifier_free_guidance(logits, guidance)
@@ -501,7 +502,7 @@ def classifier_free_guidance(logits, guidance: float):
     if guidance == 1:
         return logp
     cond, uncond = logp.chunk(2)
-    return guidance * cond + (1 - guidance) * uncond
+    return uncond.lerp(cond, guidance)
 
 
 def sample_next(logp, noise, temperature: float = 1.0, top_k: int = 0, top_p: float = 0.0):
@@ -511,7 +512,7 @@ def sample_next(logp, noise, temperature: float = 1.0, top_k: int = 0, top_p: fl
     GPU, and the noise can come from a generator of each prompt's own."""
     if temperature == 0:
         return logp.argmax(-1)
-    logp = (logp / temperature).log_softmax(-1)
+    logp = logp / temperature  # a constant more or less in all of them chooses the same code
     if top_k:
         kth = logp.topk(min(top_k, logp.shape[-1]))[0][..., -1:]
         logp = logp.masked_fill(logp < kth, -math.inf)

@@ -1448,6 +1448,7 @@ def test_a_sound_depends_on_its_seed_and_a_negative_prompt_but_not_on_the_batch(
     assert not torch.equal(lm.generate(TEXT[1:], 24, seeds=[8]), alone)
     assert torch.equal(lm.generate(TEXT, 24, seeds=[5, 7], negative=0 * TEXT), both)  # no text
     assert not torch.equal(lm.generate(TEXT, 24, seeds=[5, 7], negative=TEXT.flip(0)), both)
+    assert torch.autograd.grad(lm(both, TEXT)[1], lm.bos)[0].any()  # what was made can be learnt from
 
 
 def test_output_longer_than_the_model_was_trained_for_comes_in_blocks_and_prefixes_are_not_repeated(lm):
