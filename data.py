@@ -155,9 +155,14 @@ def read_blocks(path: str) -> Iterator[torch.Tensor]:
             for block in resample_blocks(decode_blocks(file), file.samplerate, SAMPLE_RATE):
                 yield block[0]
             # In joined Oggs, and in MP3s of variable rate without a header, libsndfile stops early.
-            unread = os.path.getsize(path) - raw.tell()
-            if file.format in ("OGG", "MP3") and unread > 2**16 and unread > 0.1 * os.path.getsize(path):
+            size, unread = os.path.getsize(path), os.path.getsize(path) - raw.tell()
+            if file.format in ("OGG", "MP3") and unread > max(2**16, 0.1 * size):
                 raise UserError("only its first part can be decoded")
+            # A WAV says how long it is; what is written to a pipe says some enormous number.
+            raw.seek(4)
+            said = int.from_bytes(raw.read(4), "little")
+            if file.format in ("WAV", "WAVEX") and size < 0.9 * said < 2**30:
+                raise UserError(f"only {size} of its {said} bytes are there")
     except (UserError, soundfile.LibsndfileError, OSError) as error:
         advice = "export it again as WAV, FLAC or OGG"
         with contextlib.suppress(OSError), open(path, "rb") as raw:

@@ -198,6 +198,13 @@ def test_a_file_of_which_only_a_part_can_be_decoded_is_refused_but_tags_behind_a
     with open(wav, "ab") as file:
         file.write(b"id3 " + len(tags).to_bytes(4, "little") + tags)
     assert len(D.load_audio(wav)) == 0.1 * RATE
+    with open(wav, "r+b") as file:  # as ffmpeg writes to a pipe, not knowing how long it will be
+        file.seek(4)
+        file.write(b"\xff\xff\xff\xff")
+    assert len(D.load_audio(wav)) == 0.1 * RATE
+    os.truncate(write_wav(tmp_path / "cut.wav", hiss(0.1)), 2000)
+    with raises(D.UserError, match="only 2000 of its 3236 bytes are there"):
+        D.load_audio(str(tmp_path / "cut.wav"))
 
 
 # ----------------------------------------------------------------------------------------------------------
