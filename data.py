@@ -155,7 +155,8 @@ def read_blocks(path: str) -> Iterator[torch.Tensor]:
             for block in resample_blocks(decode_blocks(file), file.samplerate, SAMPLE_RATE):
                 yield block[0]
             # In joined Oggs, and in MP3s of variable rate without a header, libsndfile stops early.
-            size, unread = os.path.getsize(path), os.path.getsize(path) - raw.tell()
+            size = os.path.getsize(path)
+            unread = size - raw.tell()
             if file.format in ("OGG", "MP3") and unread > max(2**16, 0.1 * size):
                 raise UserError("only its first part can be decoded")
             # A WAV says how long it is; what is written to a pipe says some enormous number.
