@@ -1181,6 +1181,17 @@ def test_convolutions_with_matrices_for_weights_or_folded_bins_are_those_of_pyto
     strided = F.conv2d(x, weight, stride=(1, 2), padding=(2, 4), dilation=(2, 1))
     folded = torch.cat((weight[..., 0::2], weight[..., 1::2]), 1)  # even bins, then odd ones
     assert_close(F.conv2d(codec_py.fold(x), folded, padding=(2, 2), dilation=(2, 1)), strided)
+    conv = codec_py.Conv2d(3, 4, (3, 8), dilation=(2, 1), padding=(2, 4))
+    weight = conv.weight.view(4, 3, 3, 8)
+    assert_close(conv(x), F.conv2d(x, weight, conv.bias, padding=(2, 4), dilation=(2, 1)))
+
+
+def test_the_discriminator_hears_phases_as_they_are_and_quiet_partials_beside_loud_ones():
+    spectrum = torch.tensor([1 + 1j, -300j, 0.01, 0], dtype=torch.complex64)
+    heard = codec_py.compress(spectrum)
+    assert_close(heard[:3].angle(), spectrum[:3].angle())
+    assert_close(heard[:3].abs(), spectrum[:3].abs() ** 0.3, rtol=0.01, atol=0)
+    assert heard[3] == 0
 
 
 def test_what_is_quieter_than_four_steps_of_a_16_bit_file_decodes_to_silence():
@@ -1556,6 +1567,16 @@ def test_against_the_discriminator_codes_stay_and_a_step_that_is_not_finite_is_s
         for step in range(20):
             bad = D.count_bad_steps(bad, step, "nowhere.pt", said.append)
     assert len(said) == bad == 9
+
+
+def test_the_wave_loss_has_a_share_while_the_codec_is_young_and_none_against_the_discriminator(training):
+    shares, balance = [], training.balancer.forward
+    training.balancer.forward = lambda losses, weights, *rest: (
+        shares.append(weights["wave"]) or balance(losses, weights, *rest)
+    )
+    for step in range(3):  # the second stage begins at step 2
+        train_codec.train_step(training, hisses(0.25, 0, 1), step)
+    assert shares == approx([train_codec.WEIGHTS["wave"], train_codec.WEIGHTS["wave"] / 2, 0])
 
 
 def test_more_steps_move_the_discriminators_start_but_never_back_to_the_first_stage(training, tmp_path):
