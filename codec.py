@@ -13,8 +13,8 @@ What differs from the reference code (facebookresearch/encodec and audiocraft):
 - "dead" is relative to the mean use of a code, so that it means the same for 64 codes and for 2048;
 - LayerNorm acts on the channels of each time step: a clip's codes do not depend on what is encoded with it;
 - every tensor between layers is (B, T, C): channels last is three times faster on a CPU with AVX-512;
-- the discriminator hears a compressed spectrum and is trained by Muon, not Adam: it learns in 200 steps what
-  takes it thousands otherwise.
+- the discriminator hears a compressed spectrum and is trained by Muon, not Adam: of a codec that stands still
+  it is right 76 % of the time after 200 steps, not 55 %.
 
 Letters: B batch, T samples, F frames, C channels, D latent size, K streams, V codes in a codebook.
 """
@@ -68,19 +68,29 @@ class CodecConfig:
 # Encoder and decoder (section 3.1: C = 32, B = 4 blocks, two-layer LSTM, ELU, LayerNorm)
 
 
-class Conv(nn.Conv2d):
-    """1-d convolution over (B, T, C) -> (B, T / stride, C'). T must be a multiple of the stride.
+class Conv2d(nn.Conv2d):
+    """(B, C, H, W) -> (B, C', H', W'). The weight is kept as a matrix (C', C * kernel), which is how the
+    optimizer Muon sees it."""
 
-    It runs as a 2-d convolution of height 1: PyTorch has channels-last kernels for images only. The weight is
-    kept as a matrix (C', C * kernel), which is how the optimizer Muon sees it."""
-
-    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1):
-        super().__init__(c_in, c_out, (1, kernel), (1, stride), padding=(0, (kernel - stride + 1) // 2))
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
         self.weight = nn.Parameter(self.weight.flatten(1))
 
     def forward(self, x):
         weight = self.weight.view(self.out_channels, -1, *self.kernel_size)
-        y = F.conv2d(x.transpose(1, 2)[:, :, None], weight, self.bias, self.stride, self.padding)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation)
+
+
+class Conv(Conv2d):
+    """1-d convolution over (B, T, C) -> (B, T / stride, C'). T must be a multiple of the stride.
+
+    It runs as a 2-d convolution of height 1: PyTorch has channels-last kernels for images only."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1):
+        super().__init__(c_in, c_out, (1, kernel), (1, stride), padding=(0, (kernel - stride + 1) // 2))
+
+    def forward(self, x):
+        y = super().forward(x.transpose(1, 2)[:, :, None])
         return y[:, :, 0].transpose(1, 2)
 
 
@@ -515,18 +525,6 @@ def fold(x):
     A kernel of 4 bins then sees what one of 8 sees that moves by 2, without a stride, whose gradient is slow
     on GPUs."""
     return x.unflatten(3, (-1, 2)).permute(0, 4, 1, 2, 3).flatten(1, 2)
-
-
-class Conv2d(nn.Conv2d):
-    """(B, C, frames, bins) -> (B, C', frames, bins); the weight is kept as a matrix, see `Conv`."""
-
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self.weight = nn.Parameter(self.weight.flatten(1))
-
-    def forward(self, x):
-        weight = self.weight.view(self.out_channels, -1, *self.kernel_size)
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation)
 
 
 def compress(spectrum, exponent: float = 0.3, floor: float = 1e-3):

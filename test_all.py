@@ -1585,6 +1585,9 @@ def test_more_steps_move_the_discriminators_start_but_never_back_to_the_first_st
         resumed = train_codec.Training(training.config, training.recipe | {"steps": 18}, CPU)
         saved = codec_py.load_checkpoint(tmp_path / "t.pt", "nanoaudiogen codec training")
         assert resumed.load(saved, "t.pt") == step and resumed.disc_start == disc_start
+    del saved["disc_muon"]
+    with raises(D.UserError, match="of another version"):
+        resumed.load(saved, "t.pt")
 
 
 def test_collapse_and_a_winning_discriminator_are_said_in_words():

@@ -79,6 +79,13 @@ def get_args():
 # One step
 
 
+def make_optimizers(model, lr: float, betas: tuple):
+    """Muon for the matrices, Adam for the vectors."""
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() != 2]
+    return D.Muon(matrices, lr), torch.optim.Adam(vectors, lr, betas=betas)
+
+
 class Training:
     """All that changes while the codec is trained: it is what a resumed run reads."""
 
@@ -92,18 +99,12 @@ class Training:
         self.codec = codec.to(device)
         self.mel = MelLoss().to(device)
         self.balancer = Balancer(WEIGHTS).to(device)
-        matrices = [p for p in codec.parameters() if p.dim() == 2]
-        vectors = [p for p in codec.parameters() if p.dim() != 2]
-        self.muon = D.Muon(matrices, recipe["lr"])
-        self.adam = torch.optim.Adam(vectors, recipe["lr"], betas=(0.9, 0.99))
+        self.muon, self.adam = make_optimizers(codec, recipe["lr"], betas=(0.9, 0.99))
         self.parts = {name: getattr(self, name) for name in ("codec", "ema", "balancer", "muon", "adam")}
         if recipe["disc_start"] < 1:
             disc = MultiScaleSTFTDiscriminator(recipe["disc_filters"])
             self.disc = disc.to(device, memory_format=torch.channels_last)
-            matrices = [p for p in disc.parameters() if p.dim() == 2]
-            vectors = [p for p in disc.parameters() if p.dim() != 2]
-            self.disc_muon = D.Muon(matrices, DISC_LR)
-            self.disc_adam = torch.optim.Adam(vectors, DISC_LR, betas=(0.5, 0.9))
+            self.disc_muon, self.disc_adam = make_optimizers(disc, DISC_LR, betas=(0.5, 0.9))
             self.parts |= {name: getattr(self, name) for name in ("disc", "disc_muon", "disc_adam")}
         self.disc_accuracy = 0.5  # moving average of how often the discriminator is right
         self.flags: dict = {}  # what it trains on, see `D.recall_flags`
@@ -124,11 +125,14 @@ class Training:
 
     def load(self, saved: dict, path: str) -> int:
         """Go on from the checkpoint of this path; returns the step it had reached."""
-        disc = {"disc", "disc_muon"}
-        if saved["config"] != asdict(self.config) or disc & saved.keys() != disc & self.parts.keys():
+        if saved["config"] != asdict(self.config) or ("disc" in saved) != ("disc" in self.parts):
             raise D.UserError(
                 f"{path}: was started with {saved['config']} and {'a' if 'disc' in saved else 'no'} "
                 "discriminator: repeat those settings to resume it, or choose another --out for a new run"
+            )
+        if missing := self.parts.keys() - saved.keys():
+            raise D.UserError(
+                f"{path}: of another version (no {', '.join(missing)}): choose another --out for a new run"
             )
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])

@@ -14,7 +14,7 @@ from torch import nn
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data as D
-from codec import MelLoss
+from codec import Conv2d, MelLoss
 
 FRAMES, BANDS = 156, 64  # a frame is 32 ms
 MEL = MelLoss([10], n_mels=BANDS)
@@ -31,17 +31,6 @@ def at_equal_loudness(mel):
     return mel / mel.amax((-2, -1), keepdim=True).clamp(min=1e-6)
 
 
-class Conv(nn.Conv2d):
-    """A 3 x 3 convolution whose weight is kept as a matrix, for Muon."""
-
-    def __init__(self, c_in: int, c_out: int):
-        super().__init__(c_in, c_out, 3, padding=1, bias=False)
-        self.weight = nn.Parameter(self.weight.flatten(1))  # (C', 9 C)
-
-    def forward(self, x):
-        return F.conv2d(x, self.weight.view(self.out_channels, -1, 3, 3), padding=1)
-
-
 class Network(nn.Module):
     """Mel magnitudes (B, FRAMES, BANDS) to the logits of each category and the features they are made of."""
 
@@ -49,7 +38,12 @@ class Network(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for c_in, c_out in zip(channels, channels[1:]):
-            layers += [Conv(c_in, c_out), nn.BatchNorm2d(c_out), nn.ReLU(), nn.MaxPool2d(2)]
+            layers += [
+                Conv2d(c_in, c_out, 3, padding=1, bias=False),
+                nn.BatchNorm2d(c_out),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+            ]
         self.body, self.head = nn.Sequential(*layers), nn.Linear(2 * channels[-1], categories)
 
     def forward(self, mel):
