@@ -13,8 +13,8 @@ What differs from the reference code (facebookresearch/encodec and audiocraft):
 - "dead" is relative to the mean use of a code, so that it means the same for 64 codes and for 2048;
 - LayerNorm acts on the channels of each time step: a clip's codes do not depend on what is encoded with it;
 - every tensor between layers is (B, T, C): channels last is three times faster on a CPU with AVX-512;
-- the discriminator hears a compressed spectrum and is trained by Muon, not Adam: of a codec that stands still
-  it is right 76 % of the time after 200 steps, not 55 %.
+- the discriminator hears a compressed spectrum and is trained by Muon: after 200 steps beside a frozen codec
+  it is right 76 % of the time; without these two changes, 55 %.
 
 Letters: B batch, T samples, F frames, C channels, D latent size, K streams, V codes in a codebook.
 """
@@ -522,7 +522,7 @@ class MelLoss(nn.Module):
 def fold(x):
     """(B, C, frames, bins) to (B, 2 C, frames, bins / 2): pairs of neighbouring bins become channels.
 
-    A kernel of 4 bins then sees what one of 8 sees that moves by 2, without a stride, whose gradient is slow
+    A kernel of 4 folded bins covers what a kernel of 8 bins with a stride of 2 covers, whose gradient is slow
     on GPUs."""
     return x.unflatten(3, (-1, 2)).permute(0, 4, 1, 2, 3).flatten(1, 2)
 
@@ -600,8 +600,8 @@ class Balancer(nn.Module):
 
     g_i is the gradient of loss i at a clip's output, ||.|| its norm (times B, since losses are means over
     the batch), <.> the mean over clips and a moving average over steps, corrected for its start.
-    The maximum is ours: no clip pulls harder than the average one. The slope of a logarithm is one over
-    loudness, and without it the few nearly silent clips of a batch would have most of its gradient.
+    The maximum is ours: a clip below the average pulls less, and none pulls harder. The slope of a logarithm
+    is one over loudness: without the maximum, a few nearly silent clips would have most of the gradient.
     The averages are buffers: they belong in the checkpoint."""
 
     def __init__(self, names, decay: float = 0.999):

@@ -1943,7 +1943,7 @@ def recall_flags(args, saved: dict) -> dict:
     before = saved.get("flags", {})
     if args.data:  # of other data, other columns
         before = {name: value for name, value in before.items() if name not in COLUMN_FLAGS}
-    defaults = {"data": [SOUNDS], "batch": None, "seed": 0, "mix": 0.5} | dict.fromkeys(COLUMN_FLAGS)
+    defaults = {"data": [SOUNDS], "seed": 0, "mix": 0.5} | dict.fromkeys(("batch", "micro", *COLUMN_FLAGS))
     typed = {name: value for name, value in vars(args).items() if value is not None}
     flags = {name: value for name, value in (before | typed).items() if name in defaults}
     vars(args).update(defaults | flags)
@@ -2326,17 +2326,22 @@ def is_done(resume_path: str, step: int, steps: int, say: Callable) -> bool:
     return step >= steps
 
 
-def check_run(args, resume_path: str) -> None:
-    """UserError: there is no run to resume, or a new one would overwrite one of more than a hundred steps."""
+def check_run(args, path: str, resume_path: str) -> None:
+    """UserError: there is no run to resume, or a new one would overwrite one of more than a hundred steps, or
+    a model at `path` of which nothing else is left."""
     if args.resume and not os.path.exists(resume_path):
         raise UserError(f"{resume_path}: no run to go on with; type its --out, or begin one without --resume")
-    if not (args.resume or args.eval_only) and os.path.exists(resume_path):
+    if args.resume or args.eval_only:
+        return
+    if os.path.exists(resume_path):
         done = 0
         with contextlib.suppress(Exception):  # of what cannot be loaded nothing is lost
             done = torch.load(resume_path, weights_only=True, mmap=True)["step"]
         if done > 100:
             advice = "go on with it by --resume; for a new one choose another --out, or delete that file"
             raise UserError(f"{resume_path}: is a run of {done} steps; {advice}")
+    elif os.path.exists(path):
+        raise UserError(f"{path}: would be overwritten; choose another --out, or move it away first")
 
 
 # ----------------------------------------------------------------------------------------------------------

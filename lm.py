@@ -54,6 +54,8 @@ class LMConfig:
             raise LMError(f"streams is {self.streams}, but must be one of 1, 2, 4, 8: type --streams 4")
         if self.size not in SIZES:
             raise LMError(f"model size {self.size!r} is unknown: type --size " + " or ".join(SIZES))
+        if self.max_frames == 1:
+            raise LMError("max_frames is 1, but half a window is what sampling goes on from: take 2 or more")
         # As in codec.py: 500 / K frames a second, so that this is five seconds; 2048 / K codes per stream.
         self.max_frames = self.max_frames or math.ceil(2500 / self.streams)
         self.n_layer, self.n_head, self.n_embd, self.n_text_layer = SIZES[self.size]

@@ -34,7 +34,7 @@ from lm import AudioLM, LMError
 
 LIMITS = {"seconds": (0.01, 600), "num_samples": (1, 1000), "guidance": (-100, 100)}
 LIMITS |= {"temperature": (0, 10), "top_p": (0, 1), "top_k": (0, 2048), "best_of": (1, 32)}
-CACHE_BYTES = 2**30  # of keys and values: what exceeds it is made in batches, --best_of always in one
+CACHE_BYTES = 2**30  # for keys and values; more sounds than fit are made in batches, one --best_of in one
 
 
 def get_args():
@@ -127,8 +127,9 @@ def spectrogram(wave, width: int = 600):
     """Wave (T,) to a log-mel picture (64, width) in [0, 1], low frequencies first; it spans 80 dB."""
     mel = MelLoss([10], n_mels=64).mel(wave[None].cpu().float(), 1024)[0].T  # (64, frames)
     mel = torch.nn.functional.interpolate(mel[None], size=width, mode="linear", align_corners=False)[0]
-    db = 20 * mel.clamp(min=1e-5).log10()
-    return ((db - db.max()) / 80 + 1).clamp(0, 1).numpy()
+    db = 20 * mel.clamp(min=1e-5).log10()  # -100 at least
+    loudest = db.max().clamp(min=-20)  # of a very quiet sound, too, little is seen; of silence nothing
+    return ((db - loudest) / 80 + 1).clamp(0, 1).numpy()
 
 
 def png(picture) -> bytes:
@@ -185,7 +186,7 @@ def page(title: str, clips: list[tuple]) -> str:
 
 
 class Say:
-    """print() to one stream; that it is closed before the end is not worth a sound."""
+    """print() to one stream. If whoever reads it has gone away, the rest is dropped."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -201,9 +202,10 @@ def load_prefix(path: str, codec, lm, device):
     """The recording to continue: its wave (T,), and the codes (1, K, P) of its last whole frames, at most
     `max_frames`, which end where the recording ends. The language model reads the later half of `max_frames`
     of them; the codec decodes them all, so that the sound goes on without a step."""
-    wave = D.turned_down(D.load_audio(path))
-    frames = max(1, min(len(wave) // codec.cfg.hop, lm.cfg.max_frames))
-    return wave, codec.encode(wave[None, -frames * codec.cfg.hop :].to(device))
+    wave, hop = D.turned_down(D.load_audio(path)), codec.cfg.hop
+    whole = torch.nn.functional.pad(wave, (max(0, hop - len(wave)), 0))
+    frames = min(len(whole) // hop, lm.cfg.max_frames)
+    return wave, codec.encode(whole[None, -frames * hop :].to(device))
 
 
 def load_models(args, device, say):
@@ -261,15 +263,13 @@ def with_progress(blocks, frames: int):
 def without_first(pieces, n: int):
     """Pieces of a wave (1, t), without its first n samples."""
     for piece in pieces:
-        skipped = min(n, piece.shape[1])
-        n -= skipped
-        if skipped < piece.shape[1]:
-            yield piece[:, skipped:]
+        yield piece[:, n:]
+        n = max(0, n - piece.shape[1])
 
 
 def decode_after(codec, heard, prefix, blocks):
     """Blocks of codes (1, K, f) to pieces of the wave (1, t): first what was `heard` (T,), then the codes as
-    they sound after the prefix (1, K, P), so that there is no step where they meet.
+    they sound after the prefix (1, K, P): the decoder knows what came before.
 
     Block by block, ten minutes need no more memory than ten seconds."""
     if len(heard):
@@ -345,7 +345,7 @@ def main():
     frames = max(1, round(args.seconds * codec.cfg.frame_rate))
     n = max(1, batch_size(lm, device) // args.best_of) * args.best_of
     batches = [wanted[i : i + n] for i in range(0, len(wanted), n)]
-    clips, number, began = [], next_number(args.out), D.now(device)
+    clips, began = [], D.now(device)
     try:
         for batch in batches:
             texts = [prompt for prompt, _ in batch] + [args.negative] * len(batch)
@@ -370,8 +370,8 @@ def main():
                 parts = (decode_after(codec, heard, prefix, one[None].split(500, 2)) for one in codes)
                 waves = (torch.cat([piece.cpu() for piece in pieces], 1)[0] for pieces in parts)
             for (prompt, seed), wave in zip(batch, waves):
-                path = f"{number + len(clips):03d}_{D.file_name(prompt) or 'continued'}_{seed}.wav"
-                path = os.path.join(args.out, path)
+                name = f"{next_number(args.out):03d}_{D.file_name(prompt) or 'continued'}_{seed}.wav"
+                path = os.path.join(args.out, name)
                 D.save_wav(wave, path)
                 clips.append((prompt, f"seed {seed}, {settings}", wave))
                 say(f"\n{prompt} (seed {seed})\n{in_characters(wave)}\n{path}")

@@ -989,17 +989,22 @@ def test_a_closed_terminal_stops_a_run_but_not_one_under_nohup():
 
 
 def test_a_run_is_not_overwritten_because_resume_was_forgotten(tmp_path):
-    checkpoint = write_text(tmp_path / "codec_train.pt", "no checkpoint")
+    checkpoint, product = str(tmp_path / "codec_train.pt"), str(tmp_path / "codec.pt")
     anew, on = (SimpleNamespace(resume=resume, eval_only=False) for resume in (False, True))
-    D.check_run(anew, checkpoint)
-    D.save_atomic({"step": 100}, checkpoint)
-    D.check_run(anew, checkpoint)  # of so short a run not much is lost
-    D.save_atomic({"step": 101}, checkpoint)
-    D.check_run(on, checkpoint)
-    with raises(D.UserError, match="101 steps; go on with it by --resume"):
-        D.check_run(anew, checkpoint)
     with raises(D.UserError, match="no run to go on with"):
-        D.check_run(on, str(tmp_path / "lm_train.pt"))
+        D.check_run(on, product, checkpoint)
+    D.check_run(anew, product, checkpoint)
+    write_text(tmp_path / "codec.pt", "all that is left of a run")
+    with raises(D.UserError, match="codec.pt: would be overwritten"):
+        D.check_run(anew, product, checkpoint)
+    write_text(tmp_path / "codec_train.pt", "no checkpoint")
+    D.check_run(anew, product, checkpoint)
+    D.save_atomic({"step": 100}, checkpoint)
+    D.check_run(anew, product, checkpoint)  # of so short a run not much is lost
+    D.save_atomic({"step": 101}, checkpoint)
+    D.check_run(on, product, checkpoint)
+    with raises(D.UserError, match="101 steps; go on with it by --resume"):
+        D.check_run(anew, product, checkpoint)
     path = write_text(tmp_path / "codec.csv", "step;loss\n101;2,5\n")  # as some spreadsheets save it
     D.Log(path, 101).write({"step": 102})
     assert [row["step"] for row in D.log_rows(path)] == ["102"]
@@ -1585,9 +1590,11 @@ def test_more_steps_move_the_discriminators_start_but_never_back_to_the_first_st
         resumed = train_codec.Training(training.config, training.recipe | {"steps": 18}, CPU)
         saved = codec_py.load_checkpoint(tmp_path / "t.pt", "nanoaudiogen codec training")
         assert resumed.load(saved, "t.pt") == step and resumed.disc_start == disc_start
+    other = train_codec.Training(training.config, training.recipe | {"disc_filters": 4}, CPU)
     del saved["disc_muon"]
-    with raises(D.UserError, match="of another version"):
-        resumed.load(saved, "t.pt")
+    for broken in (resumed, other):  # a part is missing, or of another shape
+        with raises(D.UserError, match="of another version"):
+            broken.load(saved, "t.pt")
 
 
 def test_collapse_and_a_winning_discriminator_are_said_in_words():
@@ -1629,7 +1636,8 @@ def test_caption_accuracy_is_how_often_the_true_caption_is_likelier(monkeypatch)
     wrong = train_lm.wrong_captions(clips, clips)
     right = [losses[clip.captions[0]] < losses[caption] for clip, caption in zip(clips, wrong)]
     assert measures["caption accuracy"] == approx(np.mean(right))
-    assert train_lm.evaluate(None, None, held_out, final=True)["of held-out pairs"] == approx(2 / 3)
+    composed = train_lm.evaluate(None, None, held_out, final=True)["caption accuracy of held-out pairs"]
+    assert composed == approx(2 / 3)
     alike = train_lm.HeldOut(clips[:1], None, clips[:1], {})  # nothing is claimed where all sound alike
     assert "caption accuracy" not in train_lm.evaluate(None, None, alike)
 
@@ -1848,14 +1856,19 @@ STOPS |= {"lm": (train_lm, 5, 3)}  # --micro 1 draws twice in a step
 
 
 @pytest.mark.parametrize("stop", STOPS)
-def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(stop, run, made, clips, tmp_path, capsys):
-    (script, batch, step), flags = STOPS[stop], ["--data", clips, "--size", "test"]
-    name = script.__name__.removeprefix("train_")
-    flags += ["--codec", made.out / "codec.pt"] if script is train_lm else []
+def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
+    stop, run, made, clips, tmp_path, monkeypatch, capsys
+):
+    (script, batch, step), flags = STOPS[stop], ["--size", "test"]
+    name, examples = script.__name__.removeprefix("train_"), ["--data", clips]
+    if script is train_lm:
+        flags += ["--codec", made.out / "codec.pt"]
+        examples += ["--micro", 1]
+        monkeypatch.setitem(train_lm.RECIPES["test"], "micro", 2)
     with stop_at(batch):
-        run(script, *flags)
+        run(script, *flags, *examples)
     assert re.search(rf"SIGTERM: saved step {step} to .*{name}_train\.pt.*--resume", capsys.readouterr().out)
-    run(script, *flags[2:], "--resume")  # it knows its data
+    run(script, *flags, "--resume")  # it knows its examples
     assert_same_run(made.out, tmp_path / "out", name)
 
 
@@ -1981,6 +1994,7 @@ def test_a_spectrogram_shows_a_sine_where_it_is_and_pictures_can_be_made_of_any_
     for wave in (torch.zeros(length), torch.ones(length)):
         assert sample.png(sample.spectrogram(wave)).startswith(b"\x89PNG")
         assert len(sample.in_characters(wave).splitlines()) == 10
+    assert sample.spectrogram(torch.zeros(length)).max() == 0  # silence is black
 
 
 def test_a_continuation_sounds_as_it_does_after_its_prefix(codecs):
@@ -2000,7 +2014,8 @@ def test_the_codes_that_are_continued_end_where_the_recording_ends(samples, fram
     path = write_wav(tmp_path / "a.wav", hiss(samples / RATE))
     heard, prefix = sample.load_prefix(path, codecs[4], SimpleNamespace(cfg=LMConfig(max_frames=20)), CPU)
     assert heard.shape == (samples,) and prefix.shape == (1, 4, frames)
-    assert torch.equal(prefix, codecs[4].encode(heard[None, -frames * 128 :]))
+    end = torch.nn.functional.pad(heard, (128, 0))[-frames * 128 :]  # silence comes before, not after
+    assert torch.equal(prefix, codecs[4].encode(end[None]))
     loud = write_wav(tmp_path / "b.wav", 1e4 * hiss(samples / RATE), subtype="FLOAT")
     heard, _ = sample.load_prefix(loud, codecs[4], SimpleNamespace(cfg=LMConfig(max_frames=20)), CPU)
     assert heard.abs().max() == approx(1)
@@ -2122,13 +2137,13 @@ def test_the_weights_that_ship_stream_a_wav_to_stdout_and_nothing_else(tmp_path)
 # Bad input: one line that names the thing, exit code 2, no traceback, and nothing already made is lost
 
 REFUSED = """
-train_codec --data nowhere.csv                          nowhere.csv
-train_codec --data hollow                               hollow
-train_codec --data notes.pdf                            notes.pdf
-train_codec --data wordless.csv                         wordless.csv
-train_codec --data silence/clips.csv                    a.wav
+train_codec --data nowhere.csv --out new                nowhere.csv
+train_codec --data hollow --out new                     hollow
+train_codec --data notes.pdf --out new                  notes.pdf
+train_codec --data wordless.csv --out new               wordless.csv
+train_codec --data silence/clips.csv --out new          a.wav
 train_codec --steps 0                                   --steps
-train_codec --device tpu                                not a device of this machine
+train_codec --device tpu --out new                      not a device of this machine
 train_codec --out file                                  file
 train_codec --out busy                                  another run is writing there
 train_codec --out made                                  lm.pt
@@ -2136,15 +2151,17 @@ train_codec --out learnt                                lm_train.pt
 train_codec --out new --resume                          codec_train.pt
 train_codec --out old --resume                          another version
 train_codec --out made --resume --size test --streams 2  'streams': 4
+train_codec --out alone                                 codec.pt
+train_lm --out alone                                    lm.pt
 train_lm --out new                                      codec.pt
-train_lm --codec bad.pt                                 bad.pt
+train_lm --codec bad.pt --out new                       bad.pt
 train_lm --out made --streams 8                         type --streams 4
 train_lm --out made --mix 2                             --mix 2
 train_lm --out made --batch 0                           --batch
 train_lm --out made --codec out/codec.pt                another codec
 train_lm --out busy --codec out/codec.pt                another run is writing there
 train_lm --finetune made --out new --codec out/codec.pt  made
-train_lm --finetune hollow                              folder of a trained pair
+train_lm --finetune hollow --out new                    folder of a trained pair
 train_lm --finetune made --size test                    --size is that of
 train_lm --out old --resume                             another version
 train_lm --out learnt --codec out/codec.pt --resume     another codec
@@ -2187,6 +2204,7 @@ def precious(made, weights, tmp_path_factory):
     shutil.copytree(weights, folder / "out")
     shutil.copytree(made.out, folder / "made")
     shutil.copytree(made.out, folder / "learnt", ignore=shutil.ignore_patterns("lm.pt"))
+    shutil.copytree(made.out, folder / "alone", ignore=shutil.ignore_patterns("*_train.pt"))
     write_table(folder / "silence", ("a.wav", np.zeros(1600, np.float32), "rain"))
     for kind in ("no_samples", "not_a_number"):
         BAD_SOUNDS[kind](folder / f"{kind}.wav")

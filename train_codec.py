@@ -59,7 +59,7 @@ MAX_GRAD_NORM = 10.0  # a healthy run stays below 6
 
 
 def get_args():
-    """The flags; their defaults depend on the device and stand in RECIPES."""
+    """The flags. The default of --size depends on the device; what a size means stands in RECIPES."""
     parser = D.Parser(description="Train the neural codec.")
     add = parser.add_argument
     D.add_data_flags(parser)
@@ -102,14 +102,13 @@ class Training:
         self.muon, self.adam = make_optimizers(codec, recipe["lr"], betas=(0.9, 0.99))
         self.parts = {name: getattr(self, name) for name in ("codec", "ema", "balancer", "muon", "adam")}
         if recipe["disc_start"] < 1:
-            disc = MultiScaleSTFTDiscriminator(recipe["disc_filters"])
-            self.disc = disc.to(device, memory_format=torch.channels_last)
-            self.disc_muon, self.disc_adam = make_optimizers(disc, DISC_LR, betas=(0.5, 0.9))
+            self.disc = MultiScaleSTFTDiscriminator(recipe["disc_filters"]).to(device)
+            self.disc_muon, self.disc_adam = make_optimizers(self.disc, DISC_LR, betas=(0.5, 0.9))
             self.parts |= {name: getattr(self, name) for name in ("disc", "disc_muon", "disc_adam")}
         self.disc_accuracy = 0.5  # moving average of how often the discriminator is right
         self.flags: dict = {}  # what it trains on, see `D.recall_flags`
-        usage = torch.zeros(config.streams, config.codebook_size, device=device)
-        self.usage = usage  # moving average of how often each code is used (K, V)
+        # Moving average of how often each code is used (K, V).
+        self.usage = torch.zeros(config.streams, config.codebook_size, device=device)
 
     def checkpoint(self, step: int) -> dict:
         """What `load` reads."""
@@ -130,12 +129,12 @@ class Training:
                 f"{path}: was started with {saved['config']} and {'a' if 'disc' in saved else 'no'} "
                 "discriminator: repeat those settings to resume it, or choose another --out for a new run"
             )
-        if missing := self.parts.keys() - saved.keys():
-            raise D.UserError(
-                f"{path}: of another version (no {', '.join(missing)}): choose another --out for a new run"
-            )
-        for name, part in self.parts.items():
-            part.load_state_dict(saved[name])
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(saved[name])
+        except (KeyError, ValueError, RuntimeError):
+            what = "of another version, or of other RECIPES; choose another --out for a new run"
+            raise D.UserError(f"{path}: {what}") from None
         if saved["step"] > saved["disc_start"]:  # the second stage does not go back to the first
             self.disc_start = saved["disc_start"]
         self.disc_accuracy, self.usage = saved["disc_accuracy"], saved["usage"].to(self.device)
@@ -154,8 +153,8 @@ def train_step(t: Training, wave, step: int):
     second stage the discriminator takes its own step with l_d.
 
     The share of l_t falls to 0 over the first stage. Without it a young codec does not find the phase of the
-    wave. Later it only dulls: of a hiss, which cannot be foretold sample by sample, the wave nearest to all
-    that it might have been is silence, and loud bands come out 4 dB too quiet."""
+    wave. Later it only dulls: the samples of a hiss cannot be predicted, the guess nearest to all that they
+    might be is silence, and loud bands come out 4 dB too quiet."""
     adversarial = step >= t.disc_start
     D.set_lr((t.muon, t.adam), learning_rate(t, step))
     if adversarial:  # stage 2: the averaged encoder and codebooks are frozen, the decoder alone learns
@@ -168,7 +167,8 @@ def train_step(t: Training, wave, step: int):
     losses = {"wave": (wave_hat - wave).abs().mean(), "mel": t.mel(wave, wave_hat)}
     weights = WEIGHTS | {"wave": WEIGHTS["wave"] * max(0.0, 1 - step / t.disc_start)}
     if adversarial:
-        # Every second clip is enough for it, and saves time.
+        # Every second clip is enough for it, and saves time. (For the balancer the others count as clips
+        # without a gradient, so that over the batch these losses have half of the share in WEIGHTS.)
         losses |= adversarial_losses(t, wave[::2], wave_hat[::2])
         # A balancer gives a term its share however meaningless it is: the discriminator's opinion counts only
         # as far as it is better than a guess.
@@ -302,7 +302,8 @@ def health(t: Training, grad_norm: float):
     if t.disc_accuracy > 0.95:
         yield (
             f"the discriminator is right {100 * t.disc_accuracy:.0f} % of the time: it has won, and its "
-            "gradient says little. Start it later (disc_start in RECIPES) or make it smaller (disc_filters)."
+            "gradient says little. In a new run, start it later (disc_start in RECIPES) or make it smaller "
+            "(disc_filters)."
         )
     if grad_norm > 10 * MAX_GRAD_NORM:
         yield f"the gradient's norm is {grad_norm:.0f}: training is unstable. Lower lr in RECIPES."
@@ -342,7 +343,7 @@ def main():
         os.path.join(args.out, name) for name in ("codec.pt", "codec_train.pt", "codec_wavs")
     )
     log_path = os.path.join(args.out, "codec.csv")
-    D.check_run(args, resume_path)
+    D.check_run(args, path, resume_path)
     known = args.resume or (args.eval_only and os.path.exists(resume_path))
     saved = load_checkpoint(resume_path, "nanoaudiogen codec training") if known else {}
     flags = D.recall_flags(args, saved)
@@ -390,16 +391,17 @@ def main():
         bad = 0 if finite else D.count_bad_steps(bad, step, resume_path, say)
 
         done = step + 1
+        logging = done % log_every == 0
         stopping = stopper.asked(device) and done < steps
-        if done % log_every == 0:
+        if logging:
             D.mean_over_processes(list(losses.values()))
-        if done % log_every == 0 and is_main:
+        if logging and is_main:
             means = {name: loss.item() for name, loss in losses.items()}
             log_step(t, done, means, grad_norm.item(), clock.steps_per_second(done), log, say)
         if (done % eval_every == 0 or done == steps or stopping) and is_main:
             with clock.paused():
-                D.save_atomic(t.ema.checkpoint(), path)
                 D.save_atomic(t.checkpoint(done), resume_path)
+                D.save_atomic(t.ema.checkpoint(), path)
                 if not stopping:
                     say(evaluate(t.ema, held_out, wavs))
                     for sentence in health(t, grad_norm.item()):

@@ -31,8 +31,8 @@ from lm import AudioLM, LMConfig, LMError, cross_entropy
 # A size is one entry here and one in lm.SIZES. `tiny` is settled by short runs (experiments/README.md);
 # `base` and `large` follow the paper, but for Muon and fewer steps: for hours of sound, not thousands.
 # `micro` clips go through the model at once for every 24 GiB of a GPU. `text_len` is the least and the most
-# tokens of text, which `text_window` fits to the captions: each costs as much as a frame. With `shard`, each
-# process keeps the optimizers' state for a part of the weights only.
+# tokens of text; `text_window` takes as few as the captions need, for each costs as much as a frame. With
+# `shard`, each process keeps the optimizers' state for a part of the weights only.
 RECIPES = {
     "tiny": {"steps": 2600, "batch": 4, "micro": 4, "lr": 4e-3, "dropout": 0.1, "shard": False}
     | {"vocab_size": 512, "text_len": (32, 128)},
@@ -47,12 +47,12 @@ WARMUP = 3000  # steps, and at most a tenth of the run
 COOLDOWN = 0.3  # share of the run at whose end the learning rate falls to zero
 MIN_LEVEL = 0.2  # a crop must reach this share of its clip's peak, or it lacks what the caption speaks of
 CAPTION_DROPOUT = 0.1  # captions left out in training, so that guidance has something to lean away from
-CODE_ERRORS = 0.075  # codes read as others: sampling then meets its own mistakes forewarned
-HISTORY_DROPOUT = 0.1  # clips of which words alone must tell what sounds: words are then learnt sooner
+CODE_ERRORS = 0.075  # codes replaced at random where they are read: in sampling it reads its own mistakes
+HISTORY_DROPOUT = 0.1  # clips predicted without their past, from words alone: words are then learnt sooner
 
 
 def get_args():
-    """The flags; their defaults depend on the device and stand in RECIPES."""
+    """The flags. The default of --size depends on the device; what a size means stands in RECIPES."""
     parser = D.Parser(description="Train the language model.")
     add = parser.add_argument
     D.add_data_flags(parser)
@@ -75,7 +75,7 @@ def get_args():
     if args.finetune and args.size:
         raise D.UserError("--size is that of the model in --finetune: leave it out")
     if args.finetune and os.path.isfile(args.finetune):  # pretrained/lm.pt means pretrained
-        args.finetune = os.path.dirname(args.finetune)
+        args.finetune = os.path.dirname(args.finetune) or "."
     if args.finetune and os.path.realpath(args.finetune) == os.path.realpath(args.out):
         raise D.UserError(f"--finetune {args.finetune}: would be overwritten, choose another --out")
     return args
@@ -108,11 +108,11 @@ class Training:
             for optimizer in self.optimizers.values():
                 optimizer.consolidate_state_dict(0)
         if self.rank == 0:
-            D.save_atomic(self.lm.checkpoint(), path)
             training = {"kind": "nanoaudiogen lm training", "steps": self.recipe["steps"], "step": step}
             training["flags"] = self.flags
             training |= {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
             D.save_atomic(self.lm.checkpoint() | training | {"rng": torch.get_rng_state()}, resume_path)
+            D.save_atomic(self.lm.checkpoint(), path)
 
     def load(self, saved: dict) -> int:
         """Go on from a checkpoint; returns the step it had reached."""
@@ -234,7 +234,7 @@ def encode(codec, waves, device):
 
 
 def wrong_captions(clips: list, pool: list) -> list[str] | None:
-    """For every clip the caption of one that sounds like something else; None where there is none."""
+    """For every clip the caption of one that sounds like something else; None if any has no such other."""
     rng, wrong = np.random.default_rng(0), []
     for clip in clips:
         same = set(clip.captions)
@@ -262,7 +262,7 @@ def evaluate(lm, tokenizer, held_out: HeldOut, final: bool = False) -> dict:
     true = caption_losses(lm, tokenizer, held_out.codes, [clip.captions[0] for clip in held_out.clips])
     measures = {"loss": true.mean().item()} | {f"loss{k}": x for k, x in enumerate(true.mean(0).tolist())}
     wrong = wrong_captions(held_out.clips, held_out.pool)
-    if wrong is None:  # all clips sound alike
+    if wrong is None:
         return measures
     better = true.mean(1) < caption_losses(lm, tokenizer, held_out.codes, wrong).mean(1)
     measures["caption accuracy"] = better.float().mean().item()
@@ -270,7 +270,7 @@ def evaluate(lm, tokenizer, held_out: HeldOut, final: bool = False) -> dict:
         for name, (codes, true_captions, false_captions) in held_out.mixtures.items():
             true = caption_losses(lm, tokenizer, codes, true_captions).mean(1)
             better = true < caption_losses(lm, tokenizer, codes, false_captions).mean(1)
-            measures[f"of {name}"] = better.float().mean().item()
+            measures[f"caption accuracy of {name}"] = better.float().mean().item()
     return measures
 
 
@@ -412,7 +412,7 @@ def main():
     args = get_args()
     path, resume_path, wavs = (os.path.join(args.out, name) for name in ("lm.pt", "lm_train.pt", "lm_wavs"))
     log_path = os.path.join(args.out, "lm.csv")
-    D.check_run(args, resume_path)
+    D.check_run(args, path, resume_path)
     known = args.resume or (args.eval_only and os.path.exists(resume_path))
     saved = load_checkpoint(resume_path, "nanoaudiogen lm training") if known else {}
     flags = D.recall_flags(args, saved)
@@ -448,6 +448,7 @@ def main():
     t = Training(lm, recipe, device, rank, world_size)
     t.flags = flags
     start, steps = t.load(saved) if saved else 0, recipe["steps"]
+    saved.clear()  # of `large`, 12 GB in each process
     if D.is_done(resume_path, start, steps, say):
         return
     log = D.Log(log_path, start) if is_main else None
@@ -482,8 +483,9 @@ def main():
                 how = "to go on, type the same command and --resume"
                 return say(f"{stopper.signal or 'stopped'}: saved step {done} to {resume_path}; {how}")
             if is_main and evaluating:
-                kept = copy.deepcopy(lm).eval()  # not compiled: the shapes of evaluation are others
-                say(as_text(evaluate(kept, t.tokenizer, held_out, final=done == steps)))
+                # A copy, for it is not compiled: the shapes of evaluation are others.
+                final = done == steps
+                say(as_text(evaluate(copy.deepcopy(lm).eval(), t.tokenizer, held_out, final)))
     if is_main:
         some = held_out.clips[:: math.ceil(len(held_out.clips) / 10)]
         save_samples(copy.deepcopy(lm).eval(), codec, t.tokenizer, some, wavs)

@@ -55,7 +55,8 @@ def measure(args, judge, data, paths: tuple[str, str], guidances: tuple[int, ...
     lm = AudioLM.load(paths[1], device, codec.hash())
     held_out = train_lm.make_held_out(data, codec, device)
     measures = train_lm.evaluate(lm, D.Tokenizer(lm.tokenizer), held_out, final=True)
-    keys = ("loss", "caption accuracy", "of seen pairs", "of held-out pairs")
+    found = "caption accuracy"
+    keys = ("loss", found, f"{found} of seen pairs", f"{found} of held-out pairs")
     train, val = (by_category(clips, judge.categories) for clips in (data.train, data.val))
     names = [name for name in judge.categories for _ in range(args.each)]
     comparable = [bool(val[name]) for name in names]
