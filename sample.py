@@ -34,7 +34,7 @@ from lm import AudioLM, LMError
 
 LIMITS = {"seconds": (0.01, 600), "num_samples": (1, 1000), "guidance": (-100, 100)}
 LIMITS |= {"temperature": (0, 10), "top_p": (0, 1), "top_k": (0, 2048), "best_of": (1, 32)}
-CACHE_BYTES = 2**30  # for keys and values; more sounds than fit are made in batches, one --best_of in one
+CACHE_BYTES = 2**30  # for keys and values: more sounds are made in batches, those of one --best_of together
 
 
 def get_args():

@@ -448,7 +448,7 @@ def main():
     t = Training(lm, recipe, device, rank, world_size)
     t.flags = flags
     start, steps = t.load(saved) if saved else 0, recipe["steps"]
-    saved.clear()  # of `large`, 12 GB in each process
+    saved.clear()  # or weights and optimizer of `large` would stay in the memory of every process
     if D.is_done(resume_path, start, steps, say):
         return
     log = D.Log(log_path, start) if is_main else None
