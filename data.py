@@ -2338,7 +2338,7 @@ def check_run(args, path: str, resume_path: str) -> None:
         with contextlib.suppress(Exception):  # of what cannot be loaded nothing is lost
             done = torch.load(resume_path, weights_only=True, mmap=True)["step"]
         if done > 100:
-            advice = "go on with it by --resume; for a new one choose another --out, or delete that file"
+            advice = f"go on with it by --resume; or choose another --out, or move it and {path} away"
             raise UserError(f"{resume_path}: is a run of {done} steps; {advice}")
     elif os.path.exists(path):
         raise UserError(f"{path}: would be overwritten; choose another --out, or move it away first")

@@ -12,8 +12,8 @@ copied into another project.
   frame's input; K heads predict the codes of the next frame independently of each other.
 - Text reaches the sound twice, as in the paper: as a prefix of the sequence and through cross-attention.
 - Every text is padded to `max_text_len` positions. The text encoder looks at words only, but writes to all
-  positions, so that each u says something: training needs no mask and always runs the fused kernel, and the
-  empty caption, for guidance, is a text too.
+  positions, so that each u says something: the GPT needs no mask for padding and always runs the fused
+  kernel, and the empty caption, for guidance, is a text too.
 - Frame j is predicted from a learnt start vector (`bos`) and the frames before j.
 
 Letters: B batch, N text tokens (in u always max_text_len), K streams, F frames, V codes in a codebook,
@@ -93,11 +93,11 @@ class SelfAttention(nn.Module):
         self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd)
 
     def forward(self, x, rope=None, cache=None, input_pos=None, mask=None):
-        """x (B, T, d) -> (B, T, d). `mask` is True where a key may be seen; padded text has (B, 1, 1, T).
+        """x (B, T, d) -> (B, T, d). `mask` says which keys may be seen: booleans (B, 1, 1, T) for padded
+        text; with `input_pos` numbers (1, S), added to the scores: 0, or -inf where a key may not be seen.
 
         With a cache (2, B, H, S, d / H), keys and values are kept in it: those of the first T positions, or,
-        with `input_pos` (1,), those of this one (T = 1). `mask` (1, S) is then added to the scores of the
-        whole cache: 0, or -inf where a key may not be seen."""
+        with `input_pos` (1,), those of this one (T = 1)."""
         B, T, d = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv  # (B, H, T, d / H) each
@@ -231,7 +231,8 @@ class AudioLM(nn.Module):
         self.codebook_offset = nn.Buffer(codebook_offset, persistent=False)  # (K,)
         rope = rope_table(cfg.max_text_len + cfg.max_frames, cfg.n_embd // cfg.n_head)
         self.rope = nn.Buffer(rope, persistent=False)  # (2, max_text_len + max_frames, d / H)
-        # GPT-2: normal(.02); what is added to the residual stream, over the root of the number of additions.
+        # GPT-2's: a deviation of .02. What adds to the residual stream has it divided by the root of how many
+        # such additions there are.
         for name, p in self.named_parameters():
             if p.dim() >= 2:
                 additions = 2 * cfg.n_text_layer if name.startswith("text_encoder") else 3 * cfg.n_layer
@@ -377,6 +378,7 @@ class AudioLM(nn.Module):
         while made < frames:
             history = history[:, :, -(cfg.max_frames // 2) :]
             logits = self.prefill(u, history.repeat(copies, 1, 1), cross_kv, cache)  # (2 B, K, V)
+            # The place last read: the text comes first, then bos, then the history.
             pos, room = u.shape[1] + history.shape[2], min(cfg.max_frames - history.shape[2], frames - made)
             while room > 0:
                 n = min(block_frames, room)
@@ -414,8 +416,9 @@ class AudioLM(nn.Module):
     def text_evidence(self, text, codes, negative=None):
         """How much better their text (B, N) explains codes (B, K, F) than no text does, in nats: (B,).
 
-        It is the sum of log p(v | text) - log p(v) over streams and frames; `negative` (B, N) takes the place
-        of no text. What is longer than the model reads is judged window by window."""
+        It is the sum of log p(c | u) - log p(c) over streams and frames, where c are the codes and u is the
+        text; `negative` (B, N) takes the place of no text. What is longer than the model reads is judged
+        window by window."""
         uncond = torch.zeros_like(text) if negative is None else negative
         u, u_uncond = self.text_encoder(text), self.text_encoder(uncond)
         evidence = torch.zeros(len(codes), device=codes.device)
@@ -425,8 +428,8 @@ class AudioLM(nn.Module):
         return evidence
 
     def pack(self):
-        """Ready the model for sampling, in place: on an x86 its matrices are rounded to 8 bits. It can then
-        no longer be trained or saved."""
+        """Ready the model for sampling, in place: on an x86 the GPT's matrices are rounded to 8 bits, but not
+        the text encoder's. It can then no longer be trained or saved."""
         x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
         if x86 and hasattr(torch, "_weight_int8pack_mm") and self.bos.device.type == "cpu":
             for parent in [self, *self.blocks.modules()]:
@@ -497,7 +500,7 @@ def load_checkpoint(path, kind: str) -> dict:
 
 
 def classifier_free_guidance(logits, guidance: float):
-    """gamma log p(v | text) + (1 - gamma) log p(v), the paper's sampling distribution (section 3.2).
+    """gamma log p(c | u) + (1 - gamma) log p(c), the paper's sampling distribution (section 3.2).
 
     (2 B, K, V), first with text and then without, to (B, K, V); at gamma = 1 the logits are (B, K, V)."""
     logp = logits.float().log_softmax(-1)

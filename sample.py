@@ -71,7 +71,7 @@ def get_args():
     for name, (low, high) in LIMITS.items():
         if not low <= getattr(args, name) <= high:
             raise D.UserError(f"--{name} {getattr(args, name)}: expected a number from {low} to {high}")
-    args.prompt = args.prompt or [""]  # a continuation needs no words
+    args.prompt, args.out = args.prompt or [""], args.out or "."  # a continuation needs no words
     if args.stream and len(args.prompt) * args.num_samples * args.best_of > 1:
         raise D.UserError(
             "--stream plays one sound: give one --prompt and leave out --num_samples and --best_of"
@@ -126,7 +126,8 @@ def find_weights(args) -> tuple[str, str]:
 def spectrogram(wave, width: int = 600):
     """Wave (T,) to a log-mel picture (64, width) in [0, 1], low frequencies first; it spans 80 dB."""
     mel = MelLoss([10], n_mels=64).mel(wave[None].cpu().float(), 1024)[0].T  # (64, frames)
-    mel = torch.nn.functional.interpolate(mel[None], size=width, mode="linear", align_corners=False)[0]
+    mode = "area" if mel.shape[1] > width else "linear"  # a short event shows in a picture of a minute, too
+    mel = torch.nn.functional.interpolate(mel[None], size=width, mode=mode)[0]
     db = 20 * mel.clamp(min=1e-5).log10()  # -100 at least
     loudest = db.max().clamp(min=-20)  # of a very quiet sound, too, little is seen; of silence nothing
     return ((db - loudest) / 80 + 1).clamp(0, 1).numpy()

@@ -1997,6 +1997,13 @@ def test_a_spectrogram_shows_a_sine_where_it_is_and_pictures_can_be_made_of_any_
     assert sample.spectrogram(torch.zeros(length)).max() == 0  # silence is black
 
 
+def test_a_picture_of_a_minute_shows_every_event():
+    seconds = torch.zeros(60, RATE)
+    seconds[:, :160] = 0.5  # 10 ms in each
+    picture = sample.spectrogram(seconds.flatten(), 60 * 3).mean(0).reshape(60, 3)
+    assert (picture.max(1) > picture.min(1) + 0.2).all()
+
+
 def test_a_continuation_sounds_as_it_does_after_its_prefix(codecs):
     codec, codes = codecs[4], torch.randint(512, (1, 4, 30), generator=torch.Generator().manual_seed(0))
     prefix, new = codes.split([20, 10], 2)
@@ -2162,6 +2169,7 @@ train_lm --out made --codec out/codec.pt                another codec
 train_lm --out busy --codec out/codec.pt                another run is writing there
 train_lm --finetune made --out new --codec out/codec.pt  made
 train_lm --finetune hollow --out new                    folder of a trained pair
+train_lm --finetune made/codec.pt --out new             a folder that holds lm.pt
 train_lm --finetune made --size test                    --size is that of
 train_lm --out old --resume                             another version
 train_lm --out learnt --codec out/codec.pt --resume     another codec

@@ -6,7 +6,7 @@
     python train_lm.py --data clips.csv --resume             go on after an interruption
     python train_lm.py --data clips.csv --resume --steps 20000   go on for longer than was planned
     python train_lm.py --data clips.csv --eval_only          measure the model in --out on the held-out clips
-    torchrun --nproc_per_node=8 train_lm.py --size base ...  several GPUs (add --nnodes for several machines)
+    torchrun --nproc_per_node=8 train_lm.py --size base ...  several GPUs (or machines that share --out)
 
 Reads codec.pt from --out. Writes there: lm.pt (what sample.py loads), lm_train.pt (what --resume loads),
 lm.csv (the log) and lm_wavs/ (sounds for held-out captions).
@@ -30,7 +30,8 @@ from lm import AudioLM, LMConfig, LMError, cross_entropy
 
 # A size is one entry here and one in lm.SIZES. `tiny` is settled by short runs (experiments/README.md);
 # `base` and `large` follow the paper, but for Muon and fewer steps: for hours of sound, not thousands.
-# `micro` clips go through the model at once for every 24 GiB of a GPU. `text_len` is the least and the most
+# `micro` clips of 5 s, or as many seconds of shorter ones, go through the model at once for every 24 GiB of
+# a GPU. `text_len` is the least and the most
 # tokens of text; `text_window` takes as few as the captions need, for each costs as much as a frame. With
 # `shard`, each process keeps the optimizers' state for a part of the weights only.
 RECIPES = {
@@ -62,8 +63,8 @@ def get_args():
     add("--streams", type=int, help="must be the codec's (default: the codec's)")
     add("--size", choices=sorted(RECIPES), help="default: base with CUDA, tiny without")
     add("--steps", type=D.positive, help="training steps (default: by size)")
-    add("--batch", type=D.positive, help="clips per step, over all processes (default: by size)")
-    add("--micro", type=D.positive, help="clips per forward pass and process; lower it when memory runs out")
+    add("--batch", type=D.positive, help="clips of 5 s per step; shorter ones fill as many seconds")
+    add("--micro", type=D.positive, help="of these, how many at once in a process; less if memory runs out")
     add("--mix", type=float, help="share of examples that mix two clips (default: 0.5)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--threads", type=D.positive, help="of a CPU (default: all, or one where that is faster)")
@@ -75,7 +76,10 @@ def get_args():
     if args.finetune and args.size:
         raise D.UserError("--size is that of the model in --finetune: leave it out")
     if args.finetune and os.path.isfile(args.finetune):  # pretrained/lm.pt means pretrained
-        args.finetune = os.path.dirname(args.finetune) or "."
+        folder, name = os.path.split(args.finetune)
+        if name != "lm.pt":
+            raise D.UserError(f"--finetune {args.finetune}: expected a folder that holds lm.pt and codec.pt")
+        args.finetune = folder or "."
     if args.finetune and os.path.realpath(args.finetune) == os.path.realpath(args.out):
         raise D.UserError(f"--finetune {args.finetune}: would be overwritten, choose another --out")
     return args
@@ -256,21 +260,22 @@ def caption_losses(lm, tokenizer, codes, captions: list[str]):
 
 
 def evaluate(lm, tokenizer, held_out: HeldOut, final: bool = False) -> dict:
-    """Held-out loss, per stream and in all, and caption accuracy: how often the true caption of a clip is
-    likelier than a wrong one (chance .5). At the end also that of mixtures, whose wrong caption exchanges one
-    of the two sounds: of pairs that training has heard together, and of D.HELD_OUT_PAIRS."""
-    true = caption_losses(lm, tokenizer, held_out.codes, [clip.captions[0] for clip in held_out.clips])
-    measures = {"loss": true.mean().item()} | {f"loss{k}": x for k, x in enumerate(true.mean(0).tolist())}
+    """Held-out loss, per stream and in all, and caption accuracy: how often a clip is likelier given
+    its true caption than given a wrong one (chance .5). At the end also that of mixtures, whose wrong caption
+    exchanges one of the two sounds: of pairs that training has heard together, and of D.HELD_OUT_PAIRS."""
+    codes, true = held_out.codes, [clip.captions[0] for clip in held_out.clips]
+    loss = caption_losses(lm, tokenizer, codes, true)  # (n, K)
+    measures = {"loss": loss.mean().item()} | {f"loss{k}": x for k, x in enumerate(loss.mean(0).tolist())}
     wrong = wrong_captions(held_out.clips, held_out.pool)
     if wrong is None:
         return measures
-    better = true.mean(1) < caption_losses(lm, tokenizer, held_out.codes, wrong).mean(1)
-    measures["caption accuracy"] = better.float().mean().item()
+    is_better = loss.mean(1) < caption_losses(lm, tokenizer, codes, wrong).mean(1)  # (n,)
+    measures["caption accuracy"] = is_better.float().mean().item()
     if final:
-        for name, (codes, true_captions, false_captions) in held_out.mixtures.items():
-            true = caption_losses(lm, tokenizer, codes, true_captions).mean(1)
-            better = true < caption_losses(lm, tokenizer, codes, false_captions).mean(1)
-            measures[f"caption accuracy of {name}"] = better.float().mean().item()
+        for name, (codes, true, wrong) in held_out.mixtures.items():
+            loss = caption_losses(lm, tokenizer, codes, true)
+            is_better = loss.mean(1) < caption_losses(lm, tokenizer, codes, wrong).mean(1)
+            measures[f"caption accuracy of {name}"] = is_better.float().mean().item()
     return measures
 
 
