@@ -5,7 +5,7 @@
 AudioGen (arXiv 2209.15352), section 3.1, and 3.2 for the streams. From elsewhere: VQ-VAE (1711.00937) for the
 straight-through estimator and codebooks learnt by moving averages, SoundStream (2107.03312) for residual
 quantization, EnCodec (2210.13438) for the discriminator and the balancer.
-Trained by `train_codec.py`; this file needs PyTorch alone and can be copied into another project.
+Trained by `train_codec.py`; this file needs PyTorch and NumPy alone and can be copied into another project.
 
 What differs from the reference code (facebookresearch/encodec and audiocraft):
 - a dead code is really used again: it is replaced after the moving averages are updated, not before;
@@ -447,6 +447,7 @@ def load_checkpoint(path, kind: str) -> dict:
 
 
 @functools.lru_cache
+@torch.inference_mode(False)  # one that was first needed for a measure serves in training, too
 def hann_window(n_fft: int, device: torch.device):
     """A Hann window (n_fft,) of norm 1, so that the spectrum of white noise is as loud at all windows."""
     window = torch.hann_window(n_fft, device=device)
@@ -482,6 +483,8 @@ def mel_filters(n_fft: int, n_mels: int):
 
 class MelLoss(nn.Module):
     """l_f of section 3.1: L1 and L2 distance of mel spectra S at windows 2^5 .. 2^11, hop a quarter of it.
+
+    `n_mels` is the number of bands at every window; 0: a quarter of the window, at least 64.
 
         mean over windows of  mean |S(x) - S(y)|  +  mean over frames of ||log S(x) - log S(y)||_2 / sqrt(M)
 
@@ -553,8 +556,8 @@ class DiscriminatorSTFT(nn.Module):
         x = torch.view_as_real(spectrum).permute(0, 3, 2, 1)  # (B, 2, frames, bins)
         features = []
         for layer in self.convs:
-            if layer.in_channels > x.shape[1]:
-                x = fold(x)  # the n_fft / 2 + 1 bins are odd at first, and each even kernel adds one
+            if layer.in_channels > x.shape[1]:  # made for pairs of bins
+                x = fold(x)  # from n / 2 + 1 bins, one more after the even kernel, to n / 4 + 1, and so on
             x = F.leaky_relu(layer(x), 0.2)
             features.append(x)
         return self.conv_post(x).float(), features

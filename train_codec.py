@@ -55,7 +55,7 @@ RECIPES = {
 WEIGHTS = {"wave": 0.15, "mel": 1.0, "adversarial": 1.0, "feature": 1.0}  # shares: see codec.Balancer
 COMMITMENT_WEIGHT = 0.25  # outside the balancer, since this loss does not pass through the output
 DISC_LR = 4e-3  # constant
-MAX_GRAD_NORM = 10.0  # a healthy run stays below 6
+MAX_GRAD_NORM = 10.0  # the first steps exceed it, when silence meets LayerNorms with biases of 0; few later
 
 
 def get_args():
@@ -177,6 +177,7 @@ def train_step(t: Training, wave, step: int):
 
     gradient = t.balancer(losses, weights, wave_hat)
     t.codec.zero_grad()
+    # The gradient of this sum at wave_hat is `gradient`: so it goes back into the codec.
     ((wave_hat * gradient).sum() + COMMITMENT_WEIGHT * commitment).backward()
     trained = [p for p in t.codec.parameters() if p.grad is not None]
     # By hand: DistributedDataParallel supports neither autograd.grad nor calling the decoder alone.
@@ -187,7 +188,7 @@ def train_step(t: Training, wave, step: int):
     if finite:
         t.muon.step()
         t.adam.step()
-        if adversarial:
+        if adversarial:  # `adversarial_losses` has left the gradients of l_d
             D.mean_over_processes([p.grad for p in t.disc.parameters()])
             t.disc_muon.step()
             t.disc_adam.step()
@@ -282,7 +283,7 @@ def log_step(t: Training, done: int, losses: dict, grad_norm: float, speed: floa
     log.write(row | {f"perplexity{k}": p for k, p in enumerate(effective)})
     terms = " ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
     codes = " ".join(f"{p:.0f}" for p in effective)
-    disc = f" | D right {100 * t.disc_accuracy:.0f} %" if "adversarial" in losses else ""
+    disc = f" | discriminator right {100 * t.disc_accuracy:.0f} %" if "adversarial" in losses else ""
     seconds = t.recipe["batch"] * t.recipe["seconds"] * speed  # of audio, in a second
     minutes = (t.recipe["steps"] - done) / speed / 60
     say(
@@ -291,7 +292,7 @@ def log_step(t: Training, done: int, losses: dict, grad_norm: float, speed: floa
     )
 
 
-def health(t: Training, grad_norm: float):
+def health(t: Training, done: int, grad_norm: float):
     """What a person should know about this step, in sentences."""
     low = [k + 1 for k, counts in enumerate(t.usage) if perplexity(counts) < len(counts) / 10]
     if low:
@@ -305,7 +306,7 @@ def health(t: Training, grad_norm: float):
             "gradient says little. In a new run, start it later (disc_start in RECIPES) or make it smaller "
             "(disc_filters)."
         )
-    if grad_norm > 10 * MAX_GRAD_NORM:
+    if grad_norm > 10 * MAX_GRAD_NORM and done > 100:
         yield f"the gradient's norm is {grad_norm:.0f}: training is unstable. Lower lr in RECIPES."
 
 
@@ -344,8 +345,9 @@ def main():
     )
     log_path = os.path.join(args.out, "codec.csv")
     D.check_run(args, path, resume_path)
-    known = args.resume or (args.eval_only and os.path.exists(resume_path))
-    saved = load_checkpoint(resume_path, "nanoaudiogen codec training") if known else {}
+    # Measuring, too, takes the data and the seed of the run that made the codec: the same clips are held out.
+    has_run = args.resume or (args.eval_only and os.path.exists(resume_path))
+    saved = load_checkpoint(resume_path, "nanoaudiogen codec training") if has_run else {}
     flags = D.recall_flags(args, saved)
     device, rank, world_size = D.start_processes(args.device)
     is_main = rank == 0
@@ -357,8 +359,11 @@ def main():
     # Data: random crops come straight from the memory map, a function of seed and step alone.
     data = D.first_then_all(lambda: D.AudioData.from_flags(args, log=say))
     held_out = held_out_waves(data, device)
+    one_second = torch.zeros(1, D.SAMPLE_RATE, device=device)
     if args.eval_only:
-        return say(evaluate(Codec.load(path, device), held_out, wavs))
+        codec = Codec.load(path, device)
+        D.choose_threads(args.threads, device, lambda: codec.encode(one_second), say)
+        return say(evaluate(codec, held_out, wavs))
 
     # Models and their optimizers.
     torch.manual_seed(args.seed)
@@ -369,7 +374,6 @@ def main():
         return
     if start < t.disc_start:  # in the second stage the codes do not change
         protect_language_model(args.out)
-    one_second = torch.zeros(1, D.SAMPLE_RATE, device=device)
     D.choose_threads(args.threads, device, lambda: t.ema.encode(one_second), say)
     steps, crop_length = recipe["steps"], int(recipe["seconds"] * D.SAMPLE_RATE)
     log = D.Log(log_path, start) if is_main else None
@@ -404,7 +408,7 @@ def main():
                 D.save_atomic(t.ema.checkpoint(), path)
                 if not stopping:
                     say(evaluate(t.ema, held_out, wavs))
-                    for sentence in health(t, grad_norm.item()):
+                    for sentence in health(t, done, grad_norm.item()):
                         say("! " + sentence)
         if stopping:
             how = "to go on, type the same command and --resume"

@@ -25,15 +25,19 @@ from lm import AudioLM, LMError
 
 def run(script: str, out: str, *flags) -> None:
     """One of the project's commands, from its beginning or from where it stopped; not if it is done."""
-    path, done = os.path.join(os.path.dirname(D.__file__), script), os.path.join(out, script + ".done")
+    begun, done = (os.path.join(out, f"{script}.{state}") for state in ("begun", "done"))
+    path = os.path.join(os.path.dirname(D.__file__), script)
     command = [sys.executable, path, "--out", out, *map(str, flags)]
-    if os.path.exists(done) and open(done).read() == str(command):
+    os.makedirs(out, exist_ok=True)
+    if os.path.exists(begun) and open(begun).read() != str(command):
+        raise D.UserError(f"{out}: was begun with other flags; choose another --out, or delete it")
+    if os.path.exists(done):
         return
+    D.write_atomic(str(command).encode(), begun)
     resume = ["--resume"] if glob.glob(os.path.join(out, "*_train.pt")) else []
     print("\n" + " ".join(command + resume), flush=True)
     subprocess.run(command + resume, check=True)
-    with open(done, "w") as file:
-        file.write(str(command))
+    D.write_atomic(b"", done)
 
 
 def train(args, streams: int, mix: float) -> tuple[str, str]:

@@ -26,6 +26,7 @@ def average(first: str, second: str, target: str) -> None:
     for name, tensor in two["model"].items():
         if tensor.is_floating_point():
             two["model"][name] = tensor.lerp(one["model"][name].to(tensor.dtype), 0.5)
+    os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
     D.save_atomic(two, target)
     print(f"saved as {target}")
 

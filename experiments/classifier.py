@@ -9,6 +9,7 @@
 through the codec, sounds made from words), then how many of each category are recognised.
 """
 
+import math
 import os
 
 import numpy as np
@@ -32,7 +33,7 @@ def frechet(x, y) -> float:
     A, B = x.T.cov(), y.T.cov()
     cross = torch.linalg.eigvals(A @ B).sqrt().real.sum()  # none is negative, but for rounding
     distance = (x.mean(0) - y.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross
-    return max(0.0, float(distance))  # rounding can put it below
+    return distance.clamp(min=0).item()  # rounding can put it below
 
 
 class Judge(torch.nn.Module):
@@ -104,7 +105,8 @@ def print_table(judge: Judge, rows: list, words: list[str], val: dict) -> list:
         tonal, comparable = [name in TONAL for name in names], [bool(val[name]) for name in names]
         cells = [title, len(names), f"{right.mean():.3f}", f"{right_of_words.mean():.3f}"]
         cells.append(f"{right[tonal].mean():.3f} of {sum(tonal)}" if any(tonal) else "")
-        cells.append(f"{judge.distance(real, waves[comparable]):.1f}")
+        distance = judge.distance(real, waves[comparable])
+        cells.append("" if math.isnan(distance) else f"{distance:.1f}")  # one clip alone has no cloud
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
         results.append(right)
     return results

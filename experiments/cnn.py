@@ -87,7 +87,8 @@ def train_network(spectra: list, steps: int, seed: int) -> Network:
     """A network trained on the mel magnitudes of clips, given as one list for each category."""
     torch.manual_seed(seed)
     rng, network = np.random.default_rng(seed), Network(len(spectra)).train()
-    chance = np.sqrt([len(clips) for clips in spectra])  # between as often as there are, and all alike
+    # Halfway between drawing every clip and drawing every category equally often.
+    chance = np.sqrt([len(clips) for clips in spectra])
     chance /= chance.sum()
     matrices = [p for p in network.body.parameters() if p.dim() == 2]
     others = [p for p in network.body.parameters() if p.dim() == 1] + list(network.head.parameters())

@@ -80,6 +80,8 @@ def main():
     add("--lm", default="pretrained/lm.pt")
     add("--guidance", type=float, default=3.0)
     args = parser.parse_args()
+    folder = os.path.splitext(args.out)[0]  # of the MP3s
+    os.makedirs(folder, exist_ok=True)
     codec, prompts, versions = three_versions(args)
     note = (
         "5 s at 16 kHz. The recordings are validation clips; the codec makes "
@@ -87,8 +89,6 @@ def main():
         f"{args.guidance:g}."
     )
     D.write_atomic(page(list(zip(prompts, zip(*versions))), note).encode(), args.out)
-    folder = os.path.splitext(args.out)[0]
-    os.makedirs(folder, exist_ok=True)
     for words, wave in zip(prompts, versions[-1]):
         D.write_atomic(mp3(wave), os.path.join(folder, f"{D.file_name(words)}.mp3"))
     print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.1f} MB")

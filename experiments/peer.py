@@ -73,9 +73,10 @@ STRIDES = {1: [4, 2, 2, 2], 2: [4, 4, 2, 2], 4: [4, 4, 4, 2]}  # of the decoder
 
 
 def build_codec(streams: int, device):
-    """Encoder, decoder and quantizer of the size `paper`."""
+    """Encoder, decoder and quantizer of the size `paper`, as AudioCraft's encodec/default.yaml has them."""
     options = {
         "n_filters": 32,
+        "n_residual_layers": 1,
         "ratios": STRIDES[streams],
         "norm": "weight_norm",
         "lstm": 2,
@@ -135,16 +136,12 @@ class Text(torch.nn.Module):
 
 
 def build_lm(n_layer: int, n_head: int, width: int, device):
-    """A language model of four streams; parallel codes, text by cross-attention."""
+    """A language model of four streams, parallel codes and text by cross-attention, the rest as AudioCraft's
+    audiogen_lm.yaml has it."""
     fuser = ConditionFuser({"cross": ["description"], "prepend": [], "sum": [], "input_interpolate": []})
     options = {"n_q": 4, "card": 512, "dim": width, "num_heads": n_head, "num_layers": n_layer}
-    options |= {
-        "norm_first": True,
-        "causal": True,
-        "custom": True,
-        "cross_attention": True,
-        "bias_proj": False,
-    }
+    options |= {"norm_first": True, "causal": True, "cross_attention": True, "dropout": 0.0}
+    options |= {"memory_efficient": True, "bias_proj": False, "bias_ff": False, "bias_attn": False}
     return LMModel(ParallelPatternProvider(4), Text(width), fuser, **options).to(device)
 
 
