@@ -783,10 +783,9 @@ def places_of(cell: tuple[str, str], table: Table, i: int, sounds: Sounds) -> li
         return [name_key(part).casefold() for part in reversed(folder.split("/")) if part]
 
     folder, name = cell
-    found = sounds.find(name, table, i) if name else []
-    wanted = upwards(folder) if found else []
+    wanted = upwards(folder)
     places = []
-    for path in found:
+    for path in sounds.find(name, table, i):
         there = upwards(os.path.dirname(path))
         same = len(os.path.commonprefix([wanted, there]))
         ignored, above = wanted[same:], there[same:]
@@ -837,17 +836,17 @@ def own_folders(cells: list[tuple[str, str]], places: list[list[Place]]) -> list
     return [row if row and row[0][0] <= ignored[len(ignored) // 2] else [] for row in kept]
 
 
-def is_chance(column: str, cells: list[tuple], paths: list[str], exact: int, sounds: Sounds) -> bool:
+def is_chance(match: Match, cells: list[tuple]) -> bool:
     """May it be chance that a column's cells (folder, name) name sounds? It is none if most rows have their
     sound or, but for mere numbers, most sounds have a row."""
-    found = set(paths) - {""}
-    rows_found, rows = sum(map(bool, paths)), sum(bool(name) for _, name in cells)
+    sounds, found = match.sounds, set(match.paths) - {""}
+    rows_found, rows = sum(map(bool, match.paths)), sum(bool(name) for _, name in cells)
     # Far above the table another project may have sounds of some of these names.
     if sounds.is_far and not any(folder for folder, _ in cells) and rows_found < 0.9 * rows:
         return True
     stems = [stem(os.path.basename(path)) for path in found]
-    numbers = not exact and all(map(str.isdecimal, stems))
-    if numbers and re.fullmatch("|id|index|idx|number|unnamed", family(column)):
+    numbers = not match.exact and all(map(str.isdecimal, stems))
+    if numbers and re.fullmatch("|id|index|idx|number|unnamed", family(match.column)):
         # A few ids that begin at 0 or 1 number something else than the many sounds there, such as classes.
         if max(map(int, stems)) <= len(found) and 2 * len(found) <= len(sounds.paths):
             return True
@@ -869,10 +868,8 @@ def match_column(table: Table, column: str, sounds: Sounds, given: bool) -> Matc
     places = own_folders(cells, [places_of(cell, table, i, sounds) for i, cell in enumerate(cells)])
     paths = [row[0][2] if row else "" for row in below_one_base(table, places, sounds)]
     exact = sum(os.path.basename(path) == name for path, (_, name) in zip(paths, cells) if path)
-    found = set(paths) - {""}
-    if not found or (not given and is_chance(column, cells, paths, exact, sounds)):
-        return None
-    return Match(column, sounds, paths, exact, len(found))
+    match = Match(column, sounds, paths, exact, len(set(paths) - {""}))
+    return match if match.distinct and (given or not is_chance(match, cells)) else None
 
 
 def likely_folders(table: Table, written: set[str]) -> Iterator[Sounds]:
@@ -1040,9 +1037,8 @@ def row_captions(table: Table, i: int, captions: list[str], tags: list[str]) -> 
 def check_moments(table: Table, match: Match):
     """Refuse rows that are about moments in files: of one file, several say when."""
     columns = list(map(family, table.columns))
-    detections = (
-        "confidence" in columns and sum(bool(re.match("start|begin|end", name)) for name in columns) > 1
-    )
+    limits = [name for name in columns if re.match("start|begin|end", name)]
+    detections = "confidence" in columns and len(limits) > 1
     for name, cells in table.columns.items():
         times = re.search("(^|_)(onset|offset|start|begin|end|stop)(s|time)?(_|$)", family(name))
         # Without a header, a column of numbers such as 2.5 is one of seconds.
@@ -1179,7 +1175,6 @@ def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Ent
 
 METADATA = re.compile(r"(^|/)metadata\.\w+$")  # Hugging Face: a table of the folder that it lies in
 
-
 # When an event begins and ends: as Audacity writes it, or as two numbers of samples.
 MOMENT = re.compile(r"(\d+[.,]\d+\s+\d+[.,]\d+|\d+\t\d+|0\s+\d{4,})\s+")
 
@@ -1283,16 +1278,6 @@ def listed_splits(sounds: Sounds, notes: list) -> tuple[dict[str, str], set[str]
     if lists:
         notes.append(("", f"{sounds.root}: splits from the lists {listed(first.values())}"))
     return splits, lists
-
-
-def refuse_two_readings(folder: str, entries: list[Entry], classes: list[str]):
-    """UserError: tables have words for a few sounds only, and all lie in folders called like classes.
-
-    They may be about something else, such as the sounds that are damaged."""
-    if 2 * len(entries) < len(classes) and all(classes) and len(set(classes)) > 1:
-        what = f"a table has words for {len(entries)} of {len(classes)} sounds"
-        advice = "give that table itself as the source, or move it elsewhere"
-        raise UserError(f"{folder}: {what}, but folders are called like classes; {advice}")
 
 
 def tables_entries(folder: str, tables: list[str], classes: bool, flags: Flags, notes: list) -> list[Entry]:
@@ -1422,10 +1407,15 @@ def described_entries(sounds: Sounds, flags: Flags, notes: list) -> list[Entry]:
         if not beside.columns.keys().isdisjoint(words):
             return join_rows(beside, Match("path", sounds, paths), flags, notes)
         classes, rest = class_names(paths), [path for path in tables if path not in metadata]
-        entries = tables_entries(folder, rest, len(set(classes) - {""}) > 1, flags, notes)
+        several = len(set(classes) - {""}) > 1
+        entries = tables_entries(folder, rest, several, flags, notes)
         if not entries:
             return class_entries(sounds, paths, others, classes, flags, notes)
-        refuse_two_readings(folder, entries, classes)
+        # Words for a few sounds only may be about something else, such as the sounds that are damaged.
+        if 2 * len(entries) < len(paths) and all(classes) and several:
+            what = f"a table has words for {len(entries)} of {len(paths)} sounds"
+            advice = "give that table itself as the source, or move it elsewhere"
+            raise UserError(f"{folder}: {what}, but folders are called like classes; {advice}")
     have_rows = {entry.path for entry in entries}
     notes += [("no row of a table", p) for p in paths if os.path.join(folder, p) not in have_rows]
     return entries
@@ -1694,12 +1684,9 @@ class AudioData:
         self.val = [clip for clip in self.clips if clip.split != "train"]
         if not self.train:
             raise UserError(f"{' '.join(sources)}: all clips are for testing; name training clips as well")
-        both = (
-            " (the only clip of a source does both)"
-            if len(self.train) + len(self.val) > len(self.clips)
-            else ""
-        )
-        log(f"clips: {len(self.train)} train, {len(self.val)} validate{both}")
+        both = any(clip.split == "both" for clip in self.clips)
+        note = " (the only clip of a source does both)" if both else ""
+        log(f"clips: {len(self.train)} train, {len(self.val)} validate{note}")
         self.sources = [(self.train, 1.0)]  # lists of clips, and how often each is drawn
         if any(weights):
             train = [[clip for clip in part if clip.split != "val"] for part in parts]
@@ -1736,7 +1723,7 @@ class AudioData:
             allowed = partner is None or may_mix(clip, partner)
             if allowed and wave.abs().max() >= max(SILENCE, min_level * clip.peak):
                 break
-        return Crop(clip, begin, wave, clip.captions[int(rng.integers(len(clip.captions)))])
+        return Crop(clip, begin, wave, pick(clip.captions, rng))
 
     def batch(self, n: int, length: int, rng: np.random.Generator, mix_share: float = 0.0, min_level=0.0):
         """n random crops of `length` samples as a list of `Crop`; a share of them is mixed in pairs.
@@ -2210,21 +2197,18 @@ def mean_over_processes(tensors) -> None:
 def first_then_all(make: Callable):
     """make() in process 0 and only then in the others, which find on disk what it prepared.
 
-    If it fails by the user's fault, process 0 says so, and the others end without a word."""
+    If it fails by the user's fault, all raise that, and `one_line_errors` lets process 0 alone say it."""
     if not dist.is_initialized():
         return make()
-    result, failed = None, None
+    result, failed = None, [None]
     if dist.get_rank() == 0:
         try:
             result = make()
         except UserError as error:
-            failed = error
-    outcome = [failed is not None]
-    dist.broadcast_object_list(outcome, 0)
-    if failed:
-        raise failed
-    if outcome[0]:
-        sys.exit(2)
+            failed = [error]
+    dist.broadcast_object_list(failed, 0)
+    if failed[0]:
+        raise failed[0]
     return result or make()
 
 

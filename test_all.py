@@ -504,6 +504,51 @@ def test_tables_of_a_folder_are_joined_where_each_adds_sounds_or_splits(tmp_path
         assert "give one, or several" in refusal(tmp_path / f"x{i}", sounds, meta | files, "")
 
 
+AB = ["a.wav", "b.wav"]
+MISLEADING = [  # sounds, files or the table t.csv, what is read of the sounds in this order
+    (AB, ",0,1\n0,a.wav,rain\n1,b.wav,wind\n", ["rain", "wind"]),  # pandas' names of columns
+    (AB, "url,caption\nhttps://x.org/f/a.wav?dl=1,rain\nhttps://x.org/b.wav,wind\n", ["rain", "wind"]),
+    (["my dog.wav"], "url,caption\nhttps://x.org/f/my%20dog.wav,barking\n", ["barking"]),
+    (AB, "file,label\na.wav,12 - dog bark\nb.wav,3 cat\n", ["dog bark", "cat"]),
+    (["a_2.wav", "b_3.wav"], "file,x,y\na_2.wav,a_2,big dog\nb_3.wav,b_3,low sea\n", ["big dog", "low sea"]),
+    (["12 dog/a.wav", "13 cat/b.wav"], {}, ["dog", "cat"]),
+    (AB, {"train.csv": "rain,a.wav\nwind,b.wav\n"}, ["rain", "wind"]),  # a table, and no list of names
+    (["a.wav"], {"a.txt": "0.0\t1.5\tbark\n"}, ["bark"]),
+]
+NOT_GUESSED = [
+    (["audio/cat/1.wav"], "file,caption\naudio/dog/1.wav,a dog barks\n", "no column names sounds"),
+    (AB, "file,name\na.wav,clip_1\nb.wav,clip_2\n", "which column holds captions"),
+    (["dog_2.wav", "cat_3.wav"], "file,name\ndog_2.wav,dog_2\ncat_3.wav,cat_3\n", "which column holds"),
+    (["Actor_01/a.wav", "Actor_02/b.wav"], {}, "no words for its 2 sounds"),
+    (["1.wav", "2.wav"], "file,stars,text\nx.wav,1,rain\ny.wav,2,wind\nz.wav,2,sea\n", "no column names"),
+]
+
+
+def test_what_looks_like_something_else_is_read_as_meant_or_refused(tmp_path):
+    for i, (sounds, files, words) in enumerate(MISLEADING):
+        source = "" if isinstance(files, dict) else "t.csv"
+        captions = read(tmp_path / str(i), sounds, files, source)[0]
+        assert captions == {sound: [caption] for sound, caption in zip(sounds, words)}
+    for i, (sounds, files, why) in enumerate(NOT_GUESSED):
+        source = "" if isinstance(files, dict) else "t.csv"
+        assert why in refusal(tmp_path / f"x{i}", sounds, files, source)
+    train, test = ({"file": sound, "caption": "rain"} for sound in AB)
+    found = read(tmp_path / "rows", AB, {"t.json": json.dumps({"clips": {"a": train, "b": test}})}, "t.json")
+    assert found[1] == {"a.wav": "", "b.wav": ""}
+    found = read(tmp_path / "sides", AB, {"t.json": json.dumps({"train": [train], "test": [test]})}, "t.json")
+    assert found[1] == {"a.wav": "train", "b.wav": "val"}
+    sounds = ["train/1.wav", "test/2.wav", "noise/3.wav"]
+    table = "file,caption\ntrain/1.wav,rain\ntest/2.wav,wind\nnoise/3.wav,hiss\n"
+    assert list(read(tmp_path / "split", sounds, table)[1].values()) == ["train", "val", ""]
+    table, sounds = f"file,caption\n{tmp_path}/far/a/b/c.wav,rain\n", ["a/b/c.wav", "x/y/z/d.wav"]
+    assert list(read(tmp_path / "far", sounds, {"x/y/z/t.csv": table}, "x/y/z/t.csv")[0]) == ["a/b/c.wav"]
+    first, second = "file,label\n1.wav,rain\n", "file,label\n2.wav,wind\n"
+    folds = {"fold1_test.csv": first, "fold1_train.csv": second}  # of several folds the first counts
+    folds |= {"fold2_test.csv": second, "fold2_train.csv": first}
+    found = read(tmp_path / "folds", ["1.wav", "2.wav"], folds, "")
+    assert found[1] == {"1.wav": "val", "2.wav": "train"}
+
+
 def test_sounds_of_another_project_are_not_found_by_bare_names(tmp_path):
     sounds, table = ["b/deep/1.wav", "b/deep/2.wav"], "file,caption\n1.wav,rain falls\n2.wav,wind blows\n"
     missing = {"a/meta/t.csv": table + "3.wav,dogs bark\n"}
