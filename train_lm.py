@@ -31,9 +31,9 @@ from lm import AudioLM, LMConfig, LMError, cross_entropy
 # A size is one entry here and one in lm.SIZES. `tiny` is settled by short runs (experiments/README.md);
 # `base` and `large` follow the paper, but for Muon and fewer steps: for hours of sound, not thousands.
 # `micro` clips of 5 s, or as many seconds of shorter ones, go through the model at once for every 24 GiB of
-# a GPU. `text_len` is the least and the most
-# tokens of text; `text_window` takes as few as the captions need, for each costs as much as a frame. With
-# `shard`, each process keeps the optimizers' state for a part of the weights only.
+# a GPU. `text_len` is the least and the most tokens of text; `text_window` takes as few as the captions need,
+# for each costs as much as a frame. With `shard`, each process keeps the optimizers' state for a part of the
+# weights only.
 RECIPES = {
     "tiny": {"steps": 2600, "batch": 4, "micro": 4, "lr": 4e-3, "dropout": 0.1, "shard": False}
     | {"vocab_size": 512, "text_len": (32, 128)},
