@@ -869,7 +869,9 @@ def match_column(table: Table, column: str, sounds: Sounds, given: bool) -> Matc
     paths = [row[0][2] if row else "" for row in below_one_base(table, places, sounds)]
     exact = sum(os.path.basename(path) == name for path, (_, name) in zip(paths, cells) if path)
     match = Match(column, sounds, paths, exact, len(set(paths) - {""}))
-    return match if match.distinct and (given or not is_chance(match, cells)) else None
+    if not match.distinct or (not given and is_chance(match, cells)):
+        return None
+    return match
 
 
 def likely_folders(table: Table, written: set[str]) -> Iterator[Sounds]:

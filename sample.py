@@ -71,7 +71,8 @@ def get_args():
     for name, (low, high) in LIMITS.items():
         if not low <= getattr(args, name) <= high:
             raise D.UserError(f"--{name} {getattr(args, name)}: expected a number from {low} to {high}")
-    args.prompt, args.out = args.prompt or [""], args.out or "."  # a continuation needs no words
+    args.prompt = args.prompt or [""]  # a continuation needs no words
+    args.out = args.out or "."
     if args.stream and len(args.prompt) * args.num_samples * args.best_of > 1:
         raise D.UserError(
             "--stream plays one sound: give one --prompt and leave out --num_samples and --best_of"

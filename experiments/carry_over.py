@@ -13,7 +13,7 @@ import os
 
 import torch
 import torch.nn.functional as F
-from common import LENGTH
+from common import LENGTH, new_folder
 
 import data as D
 import train_lm
@@ -87,10 +87,11 @@ def main():
     parser.add_argument("target", help="folder to write to")
     parser.add_argument("--data", default=D.SOUNDS, help="what both codecs hear")
     args = parser.parse_args()
-    old, new = Codec.load(D.file_in(args.source, "codec.pt")), Codec.load(args.codec)
+    old, new = Codec.load(os.path.join(args.source, "codec.pt")), Codec.load(args.codec)
     lm = AudioLM.load(os.path.join(args.source, "lm.pt"), codec_hash=old.hash())
     if old.cfg.streams != new.cfg.streams:
         raise D.UserError(f"{args.codec}: has {new.cfg.streams} streams, not {old.cfg.streams}: name another")
+    new_folder(args.target)
     waves, captions = pieces(D.AudioData([args.data], args.target).train)
     before, after = (train_lm.encode(codec, waves, "cpu") for codec in (old, new))  # (n, K, F)
     codes = after.transpose(1, 2).flatten(0, 1)  # (N, K)

@@ -14,6 +14,13 @@ from lm import AudioLM
 LENGTH = 5 * D.SAMPLE_RATE  # of a sound that is judged: a clip from its beginning, with silence after it
 
 
+def new_folder(path: str) -> None:
+    """Make a folder for a pair of models. UserError: it holds weights already."""
+    os.makedirs(path, exist_ok=True)
+    if not {"codec.pt", "lm.pt"}.isdisjoint(os.listdir(path)):
+        raise D.UserError(f"{path}: holds weights, which would be lost: name another folder")
+
+
 def category(clip) -> str:
     """What a clip counts as: its category or, where the table has none, its first caption."""
     return clip.category or clip.captions[0]

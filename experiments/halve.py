@@ -10,11 +10,10 @@ To lose nothing at all, halve the codec alone, and train the language model on t
 """
 
 import os
-import sys
 
 import torch
+from common import new_folder
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data as D
 import train_lm
 from codec import Codec, CodecError, load_checkpoint, log_spectrum_distance, si_snr
@@ -50,11 +49,9 @@ def main():
     parser.add_argument("target", help="folder to write to")
     parser.add_argument("--data", default=D.SOUNDS, help="whose validation clips are compared")
     args = parser.parse_args()
-    os.makedirs(args.target, exist_ok=True)
+    new_folder(args.target)
     codec_in, lm_in = (os.path.join(args.source, name) for name in ("codec.pt", "lm.pt"))
     codec_out, lm_out = (os.path.join(args.target, name) for name in ("codec.pt", "lm.pt"))
-    if os.path.exists(codec_out) or os.path.exists(lm_out):
-        raise D.UserError(f"{args.target}: holds weights, which would be lost: name another folder")
     waves, clips = D.AudioData([args.data], args.source).held_out(5 * D.SAMPLE_RATE, limit=60)
     full = Codec.load(codec_in)
     halve(codec_in, codec_out, "nanoaudiogen codec")
