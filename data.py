@@ -40,6 +40,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import NoReturn
 
 import numpy as np
 import sentencepiece
@@ -338,7 +339,7 @@ def parsed(cell: str) -> object:
     """What a cell holds that is written as a list or as JSON; if it is neither, the cell itself."""
     commas = re.sub(r"(['\"])\s+(?=['\"])", r"\1, ", cell)  # NumPy writes lists without them
     for read, text in ((ast.literal_eval, commas), (json.loads, cell)):
-        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return read(text)
     return cell
 
@@ -576,7 +577,8 @@ def looks_headless(rows: list[list[str]]) -> bool:
     below = {re.sub(r"\d", "0", cell) for row in rows[1:] for cell in row}
     for cell in first:
         shape = re.sub(r"\d", "0", cell)
-        number_or_id = re.fullmatch(r"-?0+(\.0+)?", shape) or (shape in below and shape != cell)
+        is_number = re.fullmatch(r"-?0+(\.0+)?", shape)
+        number_or_id = is_number or (shape in below and re.search(r"\d", cell))
         if number_or_id or stem(cell) != cell or len(cell) > 60:
             return True
     return False
@@ -692,11 +694,14 @@ class Sounds:
         self.media = [os.path.join(root, path) for path in self.others if kind_of(path) in OTHER_MEDIA]
         self.sizes = collections.Counter(map(os.path.dirname, self.paths))  # of the folders
         self.index = collections.defaultdict(list)  # {name: [path, ...]}
+        self.numbers = collections.defaultdict(list)  # {number without leading zeros: [path, ...]}
         self.clips = collections.defaultdict(list)  # {the id that a name begins with: [(path, second), ...]}
         for path in self.paths:
             key = name_key(os.path.basename(path))
             for one in {key, key.casefold()}:
                 self.index[one].append(path)
+            if key.isdecimal():
+                self.numbers[key.lstrip("0")].append(path)
             if match := CLIP_NAME.fullmatch(key):
                 number = match["id"] or match["number"] or match["recording"]
                 self.clips[number].append((path, match["start"]))
@@ -707,6 +712,8 @@ class Sounds:
         for one in (key, key.casefold(), re.sub("^[0-9a-f]{8}-", "", key)):  # as Label Studio renames files
             if self.index.get(one):
                 return self.index[one]
+        if key.isdecimal() and key.lstrip("0") in self.numbers:  # spreadsheets turn 007 into 7
+            return self.numbers[key.lstrip("0")]
         # 'barking-dog.wav' has as many letters as a film's id.
         clips = self.clips.get(key, []) if key == name or not is_words(key) else []
         cells = [str(column[i]).strip() for column in table.columns.values()] if clips else []
@@ -846,8 +853,9 @@ def is_chance(match: Match, cells: list[tuple]) -> bool:
         return True
     stems = [stem(os.path.basename(path)) for path in found]
     numbers = not match.exact and all(map(str.isdecimal, stems))
-    if numbers and re.fullmatch("|id|index|idx|number|unnamed", family(match.column)):
-        # A few ids that begin at 0 or 1 number something else than the many sounds there, such as classes.
+    repeated = rows_found > len(found)
+    if numbers and (repeated or re.fullmatch("|id|index|idx|number|unnamed", family(match.column))):
+        # A few numbers that begin at 0 or 1 count something else than the many sounds there: classes, marks.
         if max(map(int, stems)) <= len(found) and 2 * len(found) <= len(sounds.paths):
             return True
     return 2 * rows_found < rows and (numbers or sounds.share(found) < 0.5)
@@ -958,7 +966,8 @@ def is_constant(cells: list) -> bool:
 def rank_words(table: Table, taken: set) -> dict[str, int]:
     """{column: the place of the first pattern that its name fits} of the columns that hold words.
 
-    A column whose name says nothing, and whose cells all say the same, is a remark, not a caption."""
+    A column whose cells all say the same is a remark, not a caption, if its name says nothing, or if another
+    one of a known name does not."""
     ranks = {}
     answered = any(re.fullmatch(ANSWERED, family(name)) for name in table.columns)
     animals = len(RANKS.intersection(map(family, table.columns))) > 1
@@ -970,6 +979,9 @@ def rank_words(table: Table, taken: set) -> dict[str, int]:
         fitting = [i for i, pattern in enumerate(known) if re.fullmatch(pattern, family(name))]
         if fitting or not is_constant(cells):
             ranks[name] = min(fitting, default=len(PATTERNS))
+    varied = [name for name in ranks if not is_constant(table.columns[name])]
+    if any(ranks[name] < len(PATTERNS) for name in varied):
+        ranks = {name: ranks[name] for name in varied}
     return ranks
 
 
@@ -1092,10 +1104,24 @@ def name_classes(table: Table, taken: set) -> bool:
     return bool(names)
 
 
+def is_row(table: Table, match: Match) -> bool:
+    """Is the header a row? Then the column of files is called as a sound of which there is no row, and no
+    other column is called as such columns are."""
+    if match.column.isdecimal():  # so `csv_table` calls columns that have no header
+        return False
+    named = match.sounds.index.get(name_key(split_path(match.column)[1]), [])
+    usual = any(re.fullmatch("|".join([*PATTERNS, SPLITS]), family(name)) for name in table.columns)
+    return bool(table.delimiter and named) and not usual and not set(named) & set(match.paths)
+
+
 def table_entries(path: str, flags: Flags, notes: list) -> list[Entry]:
     """The entries of a table; what is left out, and why, goes to notes."""
     table = read_table(path, notes)
     match = find_files(table, flags.files)
+    if not flags.files and is_row(table, match):  # then number its columns, as `csv_table` does
+        rows = enumerate(table.columns.items(), 1)
+        table = Table(path, {str(i): [name, *cells] for i, (name, cells) in rows}, table.delimiter)
+        match = find_files(table, None)
     check_quotes(table, match)
     if not flags.words:
         check_moments(table, match)
@@ -1853,7 +1879,8 @@ class Tokenizer:
     def train(cls, captions: Iterable[str], vocab_size: int) -> "Tokenizer":
         """Learn about `vocab_size` pieces from captions: fewer if these are few, more if they have more
         characters, and always all 256 bytes."""
-        lines = sorted({" ".join(caption.split())[:1000] for caption in captions})
+        # SentencePiece takes no line that holds U+2585, its mark of what is unknown.
+        lines = sorted({" ".join(c.replace("\u2585", " ").split())[:1000] for c in captions})
         characters = set(unicodedata.normalize("NFKC", "".join(lines)).casefold())
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
@@ -1983,7 +2010,8 @@ def one_line_errors(*kinds: type[Exception]):
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
-        sys.stdout.flush()  # here, where a reader that has gone away is no traceback yet
+        if sys.stdout:  # there is none under pythonw, and after >&-
+            sys.stdout.flush()  # here, where a reader that has gone away is no traceback yet
         return
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -2001,8 +2029,8 @@ def one_line_errors(*kinds: type[Exception]):
         if not error.filename and error.errno not in DISK_ERRORS:
             raise
         text = f"{error.filename or 'writing'}: {error.strerror}"
-    if int(os.environ.get("RANK", "0")) == 0:  # under torchrun, every process has the same to say
-        print(f"error: {text}", file=sys.stderr)
+    rank = int(os.environ.get("RANK", "0"))  # of this process, under torchrun
+    print(f"error{f' in process {rank}' if rank else ''}: {text}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -2237,6 +2265,13 @@ class Stopper:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number).name
 
+    def end(self, step: int, resume_path: str, say: Callable) -> NoReturn:
+        """Say where the run was saved, and leave with an exit code that keeps `&&` from going on. (Under
+        torchrun with 0: it would report anything else as a crash.)"""
+        how = "to go on, type the same command and --resume"
+        say(f"{self.signal or 'stopped'}: saved step {step} to {resume_path}; {how}")
+        sys.exit(0 if dist.is_initialized() else 130)
+
     def asked(self, device: torch.device) -> bool:
         """Has any process been asked to stop? All must know, or they would wait for the one that left."""
         flag = torch.tensor(float(self.signal is not None), device=device)
@@ -2317,17 +2352,18 @@ def check_run(args, path: str, resume_path: str) -> None:
     a model at `path` of which nothing else is left."""
     if args.resume and not os.path.exists(resume_path):
         raise UserError(f"{resume_path}: no run to go on with; type its --out, or begin one without --resume")
+    if args.eval_only and not os.path.exists(path):
+        raise UserError(f"{path}: no such checkpoint: name the --out of one that is trained")
     if args.resume or args.eval_only:
         return
-    if os.path.exists(resume_path):
-        done = 0
-        with contextlib.suppress(Exception):  # of what cannot be loaded nothing is lost
-            done = torch.load(resume_path, weights_only=True, mmap=True)["step"]
-        if done > 100:
-            advice = f"go on with it by --resume; or choose another --out, or move it and {path} away"
-            raise UserError(f"{resume_path}: is a run of {done} steps; {advice}")
-    elif os.path.exists(path):
+    done = None
+    with contextlib.suppress(Exception):  # there is none, or it is damaged
+        done = torch.load(resume_path, weights_only=True, mmap=True)["step"]
+    if done is None and os.path.exists(path):
         raise UserError(f"{path}: would be overwritten; choose another --out, or move it away first")
+    if done is not None and done > 100:
+        advice = f"go on with it by --resume; or choose another --out, or move it and {path} away"
+        raise UserError(f"{resume_path}: is a run of {done} steps; {advice}")
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -485,8 +485,7 @@ def main():
         with clock.paused():
             t.save(path, resume_path, done)
             if stopping:
-                how = "to go on, type the same command and --resume"
-                return say(f"{stopper.signal or 'stopped'}: saved step {done} to {resume_path}; {how}")
+                stopper.end(done, resume_path, say)
             if is_main and evaluating:
                 # A copy, for it is not compiled: the shapes of evaluation are others.
                 final = done == steps

@@ -16,7 +16,10 @@ from lm import LMError, load_checkpoint
 
 
 def average(first: str, second: str, target: str) -> None:
-    """Write the second checkpoint with the mean of both's weights. UserError: they are not of one kind."""
+    """Write the second checkpoint with the mean of both's weights. UserError: they are not of one kind, or
+    there is a target already."""
+    if os.path.exists(target):
+        raise D.UserError(f"{target}: exists already: name another file")
     one, two = (load_checkpoint(path, "nanoaudiogen lm") for path in (first, second))
     alike = all(one[key] == two[key] for key in ("config", "codec_hash"))
     if not alike or not torch.equal(one["tokenizer"], two["tokenizer"]):

@@ -8,7 +8,8 @@ kept back for a last examination; of the others fold 4, the last one, validates.
 
 import csv
 import os
-import sys
+
+from common import D
 
 CAPTIONS = {"dog": "dog bark", "crying_baby": "baby cry", "sneezing": "person sneeze"}
 CAPTIONS |= {"crackling_fire": "fire crackling"}  # those that are not the category's own name
@@ -16,14 +17,13 @@ CAPTIONS |= {"crackling_fire": "fire crackling"}  # those that are not the categ
 
 def main(folder: str) -> None:
     """Write the table."""
+    with open(os.path.join(folder, "meta", "esc50.csv"), newline="") as source:
+        rows = list(csv.DictReader(source))
     os.makedirs("esc10", exist_ok=True)
-    with (
-        open(os.path.join(folder, "meta", "esc50.csv"), newline="") as source,
-        open(os.path.join("esc10", "clips.csv"), "w", newline="") as target,
-    ):
+    with open(os.path.join("esc10", "clips.csv"), "w", newline="") as target:
         table = csv.writer(target)
         table.writerow(["path", "caption", "fold"])
-        for row in csv.DictReader(source):
+        for row in rows:
             if row["esc10"] == "True" and row["fold"] != "5":
                 caption = CAPTIONS.get(row["category"], row["category"].replace("_", " "))
                 path = os.path.abspath(os.path.join(folder, "audio", row["filename"]))
@@ -31,6 +31,7 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("type python experiments/esc10.py FOLDER, where FOLDER is what ESC-50 was unpacked to")
-    main(sys.argv[1])
+    with D.one_line_errors():
+        parser = D.Parser(description=__doc__.split("\n")[0])
+        parser.add_argument("folder", help="what ESC-50 was unpacked to")
+        main(parser.parse_args().folder)
