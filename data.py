@@ -211,13 +211,14 @@ MEDIA = tuple(AUDIO | OTHER_MEDIA)
 NO_TABLE = "a table that names no sound here, or is not understood"
 TABLES = {".csv", ".tsv", ".json", ".jsonl"}
 TEXTS = {".txt", ".lab", ".json", ".srt", ".vtt", ".textgrid", ".jams", ".eaf"}
-TEXTS |= {".xml", ".md", ".yaml", ".yml"}
+TEXTS |= {".xml", ".md", ".yaml", ".yml", ".caption"}
 NO_TABLES = {".parquet", ".arrow", ".xlsx", ".xls", ".ods", ".pkl", ".yaml", ".yml", ".tar", ".tgz", ".zip"}
+NO_TABLES |= {".docx", ".doc", ".odt", ".rtf", ".pdf"}
 
 # What columns of words are called, as patterns: of captions as they are, of one class, of tags to be joined.
 # Where several columns hold words, the first pattern decides.
 CAPTIONS = "(main_)?captions?|.*captions?.*|sound_descri.*|audio_descri.*|sentences?|text|.*_value_text"
-CAPTIONS += "|(.*_)?transcri.*|descriptions?|prompts?|summary|words|.*description.*"
+CAPTIONS += "|answer_text|(.*_)?transcri.*|descriptions?|prompts?|summary|words|.*description.*"
 CLASSES = "category|class|class_name|class_string|classname|labels?"
 TAGS = f"common_names?|english_names?|common|display_names?|scientific_name|{CLASSES}"
 TAGS += "|.*category.*|.*class.*|.*label.*|tags?"
@@ -242,6 +243,7 @@ CLASS_IDS = "(.*_)?(class|label|target|category)(_?(id|index|idx|code))?"
 SPLIT_WORDS = {"train": "train", "training": "train", "dev": "dev", "development": "dev"}
 SPLIT_WORDS |= dict.fromkeys(["val", "valid", "validation", "validate", "validating"], "val")
 SPLIT_WORDS |= dict.fromkeys(["test", "testing", "eval", "evaluation", "evaluate", "holdout"], "test")
+YES, NO = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no"}
 SHORT_SPLITS = {"tr": "train", "va": "val", "cv": "val", "te": "test", "tt": "test"}
 SHORT_SPLITS |= {"blind": "test"}  # in columns of splits only
 # Folders that are called so are no class of sounds.
@@ -251,6 +253,7 @@ STRUCTURE |= set("all my new untitled misc unsorted output export imported backu
 STRUCTURE |= set("processed normalized denoised resampled trimmed segments chunks stems loops".split())
 STRUCTURE |= set("soundscapes recorded consolidate freeze bounces media takes download downloads".split())
 
+NO_WORDS_IN = r"readme|licen[cs]e|submission|\berrors?\."
 WRITTEN = ("codec_wavs", "lm_wavs")  # folders that the training scripts write into --out
 SHOWN = 10  # lines of one kind that are printed; the others are counted
 
@@ -411,10 +414,11 @@ def column_splits(name: str, cells: list) -> list[str]:
     splits = sides(set(texts))
     folds = {text: re.fullmatch(r"(fold|set|split)?[ _-]?(\d+)(\.0)?", text) for text in splits}
     numbers = {text: int(match[2]) for text, match in folds.items() if match}
-    if family(name).startswith("is_"):  # is_train, is_test: yes or no
+    # is_train, test: yes or no. But what mostly 'is_valid' is not damaged.
+    if family(name).startswith("is_") or family(name) in SPLIT_WORDS:
         yes = sides([family(name)])[family(name)]
-        splits |= dict.fromkeys(["1", "1.0", "true", "yes"], yes)
-        splits |= dict.fromkeys(["0", "0.0", "false", "no"], "val" if yes == "train" else "train")
+        if yes == "train" or 2 * sum(text in YES for text in texts) <= len(texts):
+            splits |= dict.fromkeys(YES, yes) | dict.fromkeys(NO, "val" if yes == "train" else "train")
     elif len(numbers) > 1 or any(splits.values()):
         last = max(numbers.values(), default=0)
         splits |= {text: "val" if number == last else "" for text, number in numbers.items()}
@@ -501,8 +505,9 @@ def read_text(path: str, notes: list) -> str:
         text = data.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError:
         text = data.decode("cp1252", "replace")
-        plain = [char.isascii() for char in text if char.isalpha()]
-        if wide or 3 * sum(plain) < 2 * len(plain):  # no Western language has so few plain letters
+        runs = re.findall(r"[^\0-\x7f]+", text)
+        # In Western languages few such letters follow each other; Polish has letters where superscripts are.
+        if wide or len("".join(runs)) > 2 * len(runs) or re.search("[¹³][a-z]", text):
             raise UserError(f"{path}: its letters are in an unknown encoding; save it as UTF-8") from None
         notes.append(("", f"{path}: is not UTF-8; its letters are read as Windows-1252"))
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -620,6 +625,8 @@ def json_rows(path: str, data: list | dict) -> list[dict]:
             rows = [{name: column.get(n) for name, column in data.items()} for n in numbers]
     elif kinds and kinds <= {str, list} and names_texts(data):  # {'a.wav': 'rain falls'}
         rows = [{"key": key, "caption": cell} for key, cell in data.items()]
+    elif kinds == {list} and all(map(split_word, data)):  # {'train': ['a.wav', 'b.wav'], 'test': ['c.wav']}
+        rows = [{"key": name, "split": key} for key, names in data.items() for name in names]
     elif kinds == {list} and len(set(map(len, data.values()))) == 1:  # {'path': [cells], 'caption': [cells]}
         rows = [dict(zip(data, cells)) for cells in zip(*data.values())]
     return rows or [data]  # none of these: it is a row itself, as JSON beside a sound is
@@ -995,10 +1002,11 @@ def find_words(table: Table, taken: set) -> tuple[list[str], list[str]]:
     # Between columns that mostly agree any will do: LJSpeech writes numbers as digits and again as words.
     if ambiguous and 2 * sum(len(set(map(str, row))) == 1 for row in rows) < len(rows):
         raise UserError(f"{table.path}: columns {listed(best)} all hold words; choose with --words COLUMN")
-    if not known:  # a column of any name may hold sentences; single words may say anything
-        if any(" " in str(cell) for row in rows for cell in row):
-            return best, []
+    if not known:  # a column of any name may hold sentences; single words and names may say anything
         plain = len(table.columns) == 2 or all(map(str.isdecimal, best))  # a file and a word, or no header
+        gaps = [text for row in rows for cell in row for text in cell_texts(cell) if " " in text]
+        if gaps and (plain or 2 * sum(text != text.title() for text in gaps) >= len(gaps)):
+            return best, []
         return [], best if plain else []
     tags = [name for name in sorted(ranks, key=ranks.get) if FIRST_TAG <= ranks[name] < len(PATTERNS)]
     if best[0] in tags:
@@ -1017,7 +1025,8 @@ def find_splits(table: Table, taken: set) -> str:
         # holds 'test' alone. ('train' alone may be what sounds.)
         sides_named = {SPLIT_WORDS.get(value, "") for value in values}
         plain = "" not in sides_named and sides_named - {"train", "dev"}
-        named = re.fullmatch(SPLITS, family(name)) and any(column_splits(name, cells))
+        named = re.fullmatch("|".join([SPLITS, *SPLIT_WORDS]), family(name))
+        named = named and any(column_splits(name, cells))
         if (plain or named) and (not found or any(map(split_word, values))):
             found = name
     return found
@@ -1044,8 +1053,10 @@ def row_captions(table: Table, i: int, captions: list[str], tags: list[str]) -> 
     texts = [text for name in captions for text in cell_texts(table.cells(name)[i]) if is_words(text)]
     if texts:
         return list(dict.fromkeys(text if " " in text else text.replace("_", " ") for text in texts))
-    words = ([text for text in cell_texts(table.columns[name][i]) if is_words(text)] for name in tags)
-    return list(filter(None, map(pseudo_sentence, words)))[:1]
+    words: dict[str, dict] = collections.defaultdict(dict)  # of 'label_1' and 'label_2' together
+    for name in tags:
+        words[family(name)] |= {text: None for text in cell_texts(table.columns[name][i]) if is_words(text)}
+    return list(filter(None, map(pseudo_sentence, map(list, words.values()))))[:1]
 
 
 def check_moments(table: Table, match: Match):
@@ -1080,12 +1091,14 @@ def repeats_names(table: Table, match: Match) -> set[str]:
     """The columns that mostly repeat the sounds' names: 'dog_bark_2' beside dog_bark_2.wav is no caption."""
     names = [name_key(os.path.basename(path)) for path in match.paths]
     known = "|".join(set(PATTERNS) - {"name", "title"})
+    usual = {name for name in table.columns if re.fullmatch(known, family(name))}
     repeating = set()
     for column, cells in table.columns.items():
         same = sum(name == str(cell) and " " not in name for name, cell in zip(names, cells) if name)
-        if 2 * same > sum(map(bool, names)) > 1 and not re.fullmatch(known, family(column)):
+        if 2 * same > sum(map(bool, names)) > 1:
             repeating.add(column)
-    return repeating
+    others = any(holds_words(table.columns[name]) for name in usual - repeating)
+    return repeating if others else repeating - usual  # a caption may be the name, if there is no other
 
 
 def name_classes(table: Table, taken: set) -> bool:
@@ -1168,6 +1181,8 @@ def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Ent
     if not (captions or tags):
         raise no_words(table)
     classes = [name for name in captions + tags if re.fullmatch(CLASSES, family(name))]
+    if len(classes) > 1 and family(classes[0]) == family(classes[1]):  # label_1, label_2
+        classes = []
     entries: dict[str, Entry] = {}
     by_tags = 0
     media = {os.path.basename(path): path for path in match.sounds.media}
@@ -1287,10 +1302,19 @@ def class_names(paths: list[str]) -> list[str]:
 def listed_splits(sounds: Sounds, notes: list) -> tuple[dict[str, str], set[str]]:
     """{path: 'train' or 'val'} of the sounds that lists such as testing_list.txt name, and these lists.
 
-    A list holds a name in each line and nothing else. What none names trains, unless one says what does. Of
-    fold1_test.txt, fold2_test.txt and so on the first counts."""
+    A list holds a name in each line and nothing else, or is called splits.csv and has no words. What none
+    names trains, unless one says what does. Of fold1_test.txt, fold2_test.txt and so on the first counts."""
     splits, lists, first = {}, set(), {}
     files = [path for path in sounds.others if kind_of(path) in TABLES | {"", ".txt", ".lst"}]
+    for path in files:
+        if kind_of(path) in TABLES and re.search("split|partition|fold", os.path.basename(path).lower()):
+            with contextlib.suppress(UserError):
+                table = read_table(os.path.join(sounds.root, path), [])
+                match, column = find_files(table, None), find_splits(table, set())
+                if column and find_words(table, {match.column, column}) == ([], []):
+                    sides_said = zip(match.paths, column_splits(column, table.columns[column]))
+                    splits |= {os.path.join(match.sounds.root, sound): side for sound, side in sides_said}
+                    lists.add(first.setdefault(path, path))
     for path, side in sides(path for path in files if split_word(os.path.basename(path))).items():
         full = os.path.join(sounds.root, path)
         with contextlib.suppress(UserError):
@@ -1383,6 +1407,11 @@ def refuse_unread_words(sounds: Sounds, paths: list[str], others: list[str], cla
         if kind_of(path) in TEXTS and not stems.isdisjoint(path[:dot].casefold() for dot in dots):
             what = f"{path} lies beside a sound, but is not read"
             raise UserError(f"{sounds.root}: {what}; call it as the sound, with .txt, or write a table")
+    texts = [path for path in others if kind_of(path) in TEXTS and not re.search(NO_WORDS_IN, path.lower())]
+    near = {os.path.dirname(path): path for path in texts if os.path.dirname(path) in sounds.sizes}
+    if 2 * len(near) > len(sounds.sizes):  # a text in most folders of sounds
+        what = f"{min(near.values())} is not read, and may say more than the name of its folder"
+        raise UserError(f"{sounds.root}: {what}; call it as its sound, write a table, or move it away")
     for path in others:
         name, full = os.path.basename(path).lower(), os.path.join(sounds.root, path)
         has_words = re.search("caption|transcri", name) or METADATA.search(path)
@@ -1425,8 +1454,7 @@ def described_entries(sounds: Sounds, flags: Flags, notes: list) -> list[Entry]:
     described = set(map(stem, paths))
     others = [path for path in sounds.others if os.path.splitext(path)[0] not in described]
     tables = [path for path in others if kind_of(path) in TABLES | {".txt"}]
-    no_table = r"readme|licen[cs]e|submission|\berrors?\."
-    tables = [path for path in tables if not re.search(no_table, path.lower())]
+    tables = [path for path in tables if not re.search(NO_WORDS_IN, path.lower())]
     metadata = [path for path in tables if METADATA.search(path)]
     entries = tables_entries(folder, metadata, False, flags, notes)
     if not entries:

@@ -286,6 +286,11 @@ TABLES_OF_ONE = {  # what is read for a.wav
     "file,label\na.wav,002_Boeing 747\n": ["boeing 747"],
     "file,caption\na.wav,#REF!\na.wav,rain\n": ["rain"],
     ",path,fold\n0,a.wav,rain falls\n": ["rain falls"],
+    "file,label_1,label_2\na.wav,rain,old_dog\n": ["rain old dog"],
+    '[{"audio": "a.wav", "text": "a", "transcript": "it rains"}, {"audio": "b.wav", "text": "b"}]': [
+        "it rains"
+    ],
+    "url,Description,Answer.text\nh/a.wav,write,it rains\nh/b.wav,write,\nh/c.wav,write,\n": ["it rains"],
 }
 REFUSED_TABLES = {
     'path,caption\na.wav,"rain falls\nb.wav,wind blows\n': "quote",
@@ -303,7 +308,9 @@ REFUSED_TABLES = {
     '{"audio": [{"file": "a.wav"}], "categories": [{"name": "dog"}]}': "several tables",
     '[{"x": "a.wav", "a": [{"r": [{"value": {"start": 0.1, "labels": ["dog"]}}]}]}]': "moments",
     b"PAR1\0\0\0": "not text",
-    "path,caption\na.wav,идёт дождь\nb.wav,ветер дует\n".encode("cp1251"): "UTF-8",
+    "path,caption\na_long_name.wav,идёт дождь\nb.wav,ветер\n".encode("cp1251"): "UTF-8",
+    "path,caption\na.wav,trzask drzwi w łazience\n".encode("cp1250"): "UTF-8",
+    "path,place,celsius\na.wav,Zilker Park,12\nb.wav,Lake Ella,13\n": "--words",
 }
 
 
@@ -343,6 +350,7 @@ def test_words_that_lie_unread_beside_class_folders_are_refused(tmp_path):
     sounds = ["bed/a.wav", "cat/b.wav"]
     unread = [
         "bed/a.lab",
+        "captions.docx",
         "bed/a.normalized.txt",
         "bed/a.jams",
         "bed/a.yaml",
@@ -353,6 +361,8 @@ def test_words_that_lie_unread_beside_class_folders_are_refused(tmp_path):
     for i, name in enumerate(unread):
         text = {name: "x,y\nfar.wav,rain falls\n" if name == "captions.csv" else "bed/a.wav\n"}
         assert os.path.basename(name) in refusal(tmp_path / str(i), sounds, text, "")
+    text = {"bed/description.txt": "rain falls\n", "cat/b_label.txt": "wind blows\n"}
+    assert "bed/description.txt" in refusal(tmp_path / "described", sounds, text, "")
     text = {"bed/A.TXT": "rain falls\n", "cat/b.txt": "wind blows\n", "readme.txt": "of mine"}
     assert read(tmp_path, sounds, text, "")[0] == {"bed/a.wav": ["rain falls"], "cat/b.wav": ["wind blows"]}
     text = {"bed/a.txt": "0.0\t1.5\tbig_bark\n2.0\t2.5\train\n", "cat/b.txt": "0\t1\twind\n"}  # of Audacity
@@ -437,6 +447,7 @@ subset training testing -> train val   | Split train-x test-x -> train val | set
 partition train valid_set -> train val | is_train True False -> train val  | set dev eval -> train val
 x train test -> train val              | is_test 0 1 -> train val          | split test test -> val val
 fold 1.0 2.0 -> - val                  | fold 5 5 -> - -                   | split fold9 fold10 -> - val
+train True False -> train val          | is_valid 1 1 -> - -               | is_valid 0 1 -> train val
 """  # a column's name and two of its cells
 FOLDERS = [
     ("", ["train/dog/1.wav", "test/dog/1.wav"], ["val", "train"]),
@@ -496,8 +507,13 @@ def test_lists_of_names_are_splits_beside_captions_texts_and_class_folders(tmp_p
     for words in ({"t.csv": "file,caption\na.wav,rain\nb.wav,wind\n"}, {"a.txt": "rain", "b.txt": "wind"}):
         found = read(tmp_path / str(len(words)), ["a.wav", "b.wav"], words | lists, "")
         assert found[:2] == ({"a.wav": ["rain"], "b.wav": ["wind"]}, {"a.wav": "train", "b.wav": "val"})
-    splits = {"splits.json": '{"train": ["yes/1.wav"]}'}  # is not read, and says so
-    assert "seems to list a split" in refusal(tmp_path / "x", ["yes/1.wav", "no/2.wav"], splits, "")
+    texts = ["file,split\nyes/1.wav,train\nno/2.wav,test\n", '{"train": ["yes/1.wav"], "test": ["no/2.wav"]}']
+    for i, text in enumerate([*texts, '{"yes/1.wav": "train", "no/2.wav": "test"}']):
+        name = f"split{i}.{'json' if i else 'csv'}"
+        splits = read(tmp_path / name, ["yes/1.wav", "no/2.wav"], {name: text}, "")[1]
+        assert splits == {"yes/1.wav": "train", "no/2.wav": "val"}
+    unread = {"split.txt": "yes/1.wav trains\n"}
+    assert "seems to list a split" in refusal(tmp_path / "x", ["yes/1.wav", "no/2.wav"], unread, "")
 
 
 def test_tables_of_a_folder_are_joined_where_each_adds_sounds_or_splits(tmp_path):
