@@ -10,6 +10,7 @@ This file needs the five packages alone and can be copied into another project.
 
 import argparse
 import ast
+import atexit
 import collections
 import contextlib
 import csv
@@ -211,7 +212,7 @@ MEDIA = tuple(AUDIO | OTHER_MEDIA)
 NO_TABLE = "a table that names no sound here, or is not understood"
 TABLES = {".csv", ".tsv", ".json", ".jsonl"}
 TEXTS = {".txt", ".lab", ".json", ".srt", ".vtt", ".textgrid", ".jams", ".eaf"}
-TEXTS |= {".xml", ".md", ".yaml", ".yml", ".caption"}
+TEXTS |= {".xml", ".md", ".yaml", ".yml", ".caption", ".cls"}
 NO_TABLES = {".parquet", ".arrow", ".xlsx", ".xls", ".ods", ".pkl", ".yaml", ".yml", ".tar", ".tgz", ".zip"}
 NO_TABLES |= {".docx", ".doc", ".odt", ".rtf", ".pdf"}
 
@@ -219,6 +220,7 @@ NO_TABLES |= {".docx", ".doc", ".odt", ".rtf", ".pdf"}
 # Where several columns hold words, the first pattern decides.
 CAPTIONS = "(main_)?captions?|.*captions?.*|sound_descri.*|audio_descri.*|sentences?|text|.*_value_text"
 CAPTIONS += "|answer_text|(.*_)?transcri.*|descriptions?|prompts?|summary|words|.*description.*"
+CAPTIONS += "|beschreibung|descripci[oó]n|descrição|légende|descrizione|описание|描述|説明"
 CLASSES = "category|class|class_name|class_string|classname|labels?"
 TAGS = f"common_names?|english_names?|common|display_names?|scientific_name|{CLASSES}"
 TAGS += "|.*category.*|.*class.*|.*label.*|tags?"
@@ -240,6 +242,7 @@ ANSWERED = "responses?|(.*_)?outputs?|answers?|generated_texts?|completions?"
 SPLITS = "(data_?|dataset_)?(split|subset|set|partition)s?|(cv_?|k_?)?folds?(_?(id|index|number|nr|no))?"
 SPLITS += "|is_(train|test|val|valid|eval)(ing|idation|uation)?(_set|_split)?"
 CLASS_IDS = "(.*_)?(class|label|target|category)(_?(id|index|idx|code))?"
+MEASURES = "dur(ation)?(_.*)?|len(gth)?(_.*)?|(.*_)?(seconds?|rate|rating|score|year|age|count|size|channels)"
 SPLIT_WORDS = {"train": "train", "training": "train", "dev": "dev", "development": "dev"}
 SPLIT_WORDS |= dict.fromkeys(["val", "valid", "validation", "validate", "validating"], "val")
 SPLIT_WORDS |= dict.fromkeys(["test", "testing", "eval", "evaluation", "evaluate", "holdout"], "test")
@@ -392,9 +395,12 @@ def pseudo_sentence(tags: str | list) -> str:
 def split_word(name: str) -> str:
     """'train', 'dev', 'val' or 'test' if a name such as 'test-clean' or 'FSD50K.dev_audio' says so, or ''.
 
-    The last such word counts, which of a path is that of the deepest folder."""
-    words = [SPLIT_WORDS[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLIT_WORDS]
-    return words[-1] if words else ""
+    Of a path the deepest folder with such words counts; 'train_val' says nothing."""
+    for part in reversed(name.lower().split("/")):
+        words = {SPLIT_WORDS[word] for word in re.findall("[a-z]+", part) if word in SPLIT_WORDS}
+        if words:
+            return words.pop() if len(words) == 1 else ""
+    return ""
 
 
 def sides(names: Iterable[str]) -> dict[str, str]:
@@ -528,7 +534,7 @@ def read_table(path: str, notes: list) -> Table:
     except (json.JSONDecodeError, RecursionError) as why:
         raise UserError(f"{path}: is no JSON ({why}); expected a list of objects, or one a line") from None
     if not any(table.columns.values()):
-        raise UserError(f"{path}: holds no usable row; expected a column of files and one of captions")
+        raise NoSounds(f"{path}: holds no usable row; expected a column of files and one of captions")
     return table
 
 
@@ -716,7 +722,8 @@ class Sounds:
     def find(self, name: str, table: Table, i: int) -> list[str]:
         """The sounds of this name. Of clips from one film, row i of the table holds where they begin."""
         key = name_key(name)
-        for one in (key, key.casefold(), re.sub("^[0-9a-f]{8}-", "", key)):  # as Label Studio renames files
+        # The last two are how Label Studio renames files, and how Notion writes their names.
+        for one in (key, key.casefold(), re.sub("^[0-9a-f]{8}-", "", key), urllib.parse.unquote(key)):
             if self.index.get(one):
                 return self.index[one]
         if key.isdecimal() and key.lstrip("0") in self.numbers:  # spreadsheets turn 007 into 7
@@ -772,11 +779,14 @@ class Match:
 
 def split_path(cell: object) -> tuple[str, str]:
     r"""The folder and the name in a cell, also of an address or with \; ('', '') if it is no name."""
+    if isinstance(cell, str) and cell[:1] == "{" and isinstance(row := parsed(cell), dict):
+        cell = row.get("path")  # as Hugging Face's tables become CSV
     if isinstance(cell, list) and len(cell) == 1:
         cell = cell[0]
     if type(cell) not in (str, int) and not (isinstance(cell, float) and cell.is_integer()):
         return "", ""
     text = re.sub(r"^(\d+)\.0$", r"\1", str(cell).strip().replace("\\", "/"))  # 12.0, as pandas writes ids
+    text = re.sub(r" \(https?://\S+\)$", "", text)  # Airtable's attachments
     if "://" in text:
         text = urllib.parse.unquote(re.sub(r"\w+://|[?#].*", "", text))
     folder, _, name = text.rpartition("/")
@@ -871,7 +881,7 @@ def is_chance(match: Match, cells: list[tuple]) -> bool:
 def match_column(table: Table, column: str, sounds: Sounds, given: bool) -> Match | None:
     """Which sounds a column names; None: none, or, unless the user gave it, so few that it may be chance."""
     cells = table.columns[column]
-    if not given and re.fullmatch(f"{SPLITS}|{CLASS_IDS}", family(column)):
+    if not given and re.fullmatch(f"{SPLITS}|{CLASS_IDS}|{MEASURES}", family(column)):
         if all(stem(str(cell)) == str(cell) for cell in cells):
             return None
     # Most columns name no sound. A few cells show it, so many that ten hit one if each sound has a row.
@@ -970,6 +980,11 @@ def is_constant(cells: list) -> bool:
     return len(cells) > 2 and len(set(map(str, cells))) == 1
 
 
+def is_rare(cells: list) -> bool:
+    """Is most of a column empty?"""
+    return 2 * sum(bool(cell_texts(cell)) for cell in cells) < len(cells)
+
+
 def rank_words(table: Table, taken: set) -> dict[str, int]:
     """{column: the place of the first pattern that its name fits} of the columns that hold words.
 
@@ -986,6 +1001,10 @@ def rank_words(table: Table, taken: set) -> dict[str, int]:
         fitting = [i for i, pattern in enumerate(known) if re.fullmatch(pattern, family(name))]
         if fitting or not is_constant(cells):
             ranks[name] = min(fitting, default=len(PATTERNS))
+    # A description that few rows have is a remark, where other words are known.
+    remarks = {name for name in ranks if "description" in family(name) and is_rare(table.columns[name])}
+    if any(ranks[name] < len(PATTERNS) for name in ranks.keys() - remarks):
+        ranks = {name: ranks[name] for name in ranks if name not in remarks}
     varied = [name for name in ranks if not is_constant(table.columns[name])]
     if any(ranks[name] < len(PATTERNS) for name in varied):
         ranks = {name: ranks[name] for name in varied}
@@ -1117,6 +1136,12 @@ def name_classes(table: Table, taken: set) -> bool:
     return bool(names)
 
 
+# 'a b.wav: rain falls', or '84-12-3 GO ON' as LibriSpeech has it
+NAME_WORDS = re.compile(
+    rf"\s*(.+?(?:{'|'.join(map(re.escape, AUDIO))})|\S*[\d_]\S*?)\s*[:-]?\s+(.+)", re.IGNORECASE
+)
+
+
 def is_row(table: Table, match: Match) -> bool:
     """Is the header a row? Then the column of files is called as a sound of which there is no row, and no
     other column is called as such columns are."""
@@ -1129,8 +1154,15 @@ def is_row(table: Table, match: Match) -> bool:
 
 def table_entries(path: str, flags: Flags, notes: list) -> list[Entry]:
     """The entries of a table; what is left out, and why, goes to notes."""
-    table = read_table(path, notes)
-    match = find_files(table, flags.files)
+    try:
+        table = read_table(path, notes)
+        match = find_files(table, flags.files)
+    except NoSounds:
+        lines = [NAME_WORDS.fullmatch(line) for line in read_text(path, []).split("\n") if line.strip()]
+        if flags.files or not all(lines):
+            raise
+        table = Table(path, {"1": [line[1] for line in lines], "2": [line[2] for line in lines]})
+        match = find_files(table, None)
     if not flags.files and is_row(table, match):  # then number its columns, as `csv_table` does
         rows = enumerate(table.columns.items(), 1)
         table = Table(path, {str(i): [name, *cells] for i, (name, cells) in rows}, table.delimiter)
@@ -1265,12 +1297,19 @@ def beside_table(sounds: Sounds, paths: list[str], notes: list) -> Table:
 
 
 def numbered_folders(paths: Iterable[str]) -> set[str]:
-    """Folders whose siblings all differ in digits and signs only: Actor_01/ and Actor_02/ are no classes."""
+    """Folders that differ from their siblings, or from all that lie as deep, in digits, signs and letters of
+    an alphabet only: Actor_01/ and Actor_02/ are no classes, nor are part-a/ and part-b/."""
+    groups = collections.defaultdict(set)
+    for folder in {folder for path in paths for folder in folders_of(path)}:
+        groups[os.path.dirname(folder)].add(folder)
+        groups[folder.count("/")].add(folder)
     numbered = set()
-    for above, names in siblings_of(paths).items():
-        kinds = {re.sub(r"[\W\d_]+", "", name) for name in names}
-        if len(kinds) == 1 < len(names) and all(re.search(r"\d", name) for name in names):
-            numbered |= {os.path.join(above, name) for name in names}
+    mark = r"[\W_][A-Za-z]$|\d+"
+    for folders in groups.values():
+        names = list(map(os.path.basename, folders))
+        kinds = {re.sub(r"[\W_]", "", re.sub(mark, "", name)) for name in names}
+        if len(kinds) == 1 < len(names) and all(re.search(mark, name) for name in names):
+            numbered |= folders
     return numbered
 
 
@@ -1375,6 +1414,8 @@ def joined(folder: str, read: dict[str, list[Entry]], flags: Flags) -> list[Entr
         rows[kind(path)] += entries_of_path
         gives_way[kind(path)] = gives_way.get(kind(path), True) and holds_tags(path)
     says_splits = {name: any(entry.split for entry in part) for name, part in rows.items()}
+    places = {path: os.path.join(folder, os.path.dirname(path), "") for path in read}
+    is_own = all(entry.path.startswith(places[path]) for path in read for entry in read[path])
     entries: dict[str, Entry] = {}
     for name in sorted(rows, key=lambda name: (gives_way[name], says_splits[name], -len(rows[name]))):
         new = [entry for entry in rows[name] if entry.path not in entries]
@@ -1383,7 +1424,7 @@ def joined(folder: str, read: dict[str, list[Entry]], flags: Flags) -> list[Entr
         if pairs:
             fits = not new and (gives_way[name] or (agree and says_splits[name]))
         else:
-            fits = len(set(map(os.path.dirname, read))) == 1
+            fits = len(set(map(os.path.dirname, read))) == 1 or is_own
         if len({entry.path for entry in rows[name]}) < len(rows[name]) or (entries and not fits):
             what = f"holds {len(read)} tables of sounds, {listed(read)}, that do not fit together"
             raise UserError(f"{folder}: {what}; give one, or several")
@@ -1393,7 +1434,7 @@ def joined(folder: str, read: dict[str, list[Entry]], flags: Flags) -> list[Entr
     return list(entries.values())
 
 
-def refuse_unread_words(sounds: Sounds, paths: list[str], others: list[str], classes: bool):
+def refuse_unread_words(sounds: Sounds, paths: list[str], others: list[str], classes: list[str]):
     """UserError: a folder holds a file that would say more than the names of folders, and was not read."""
     stems = {stem(path).casefold() for path in paths}
     own = [path for path in sounds.others if path.lower().endswith((".txt", ".csv", ".tsv"))]
@@ -1406,18 +1447,19 @@ def refuse_unread_words(sounds: Sounds, paths: list[str], others: list[str], cla
             dots.pop()  # a.txt beside a.wav has been read
         if kind_of(path) in TEXTS and not stems.isdisjoint(path[:dot].casefold() for dot in dots):
             what = f"{path} lies beside a sound, but is not read"
-            raise UserError(f"{sounds.root}: {what}; call it as the sound, with .txt, or write a table")
-    texts = [path for path in others if kind_of(path) in TEXTS and not re.search(NO_WORDS_IN, path.lower())]
-    near = {os.path.dirname(path): path for path in texts if os.path.dirname(path) in sounds.sizes}
-    if 2 * len(near) > len(sounds.sizes):  # a text in most folders of sounds
-        what = f"{min(near.values())} is not read, and may say more than the name of its folder"
-        raise UserError(f"{sounds.root}: {what}; call it as its sound, write a table, or move it away")
+            raise UserError(f"{sounds.root}: {what}; write what it says into a .txt called as the sound")
+    texts = [path for path in others if not re.search(NO_WORDS_IN, path.lower())]
+    texts = [path for path in texts if kind_of(path) in TEXTS | NO_TABLES]
+    near = {os.path.dirname(path) for path in texts if kind_of(path) in TEXTS}.intersection(sounds.sizes)
+    if 2 * len(near) > len(sounds.sizes) or (texts and len(set(classes)) == 1):
+        what = f"{texts[0]} is not read, and may say more than the names of folders"
+        raise UserError(f"{sounds.root}: {what}; write a table of files and words, or move it away")
     for path in others:
         name, full = os.path.basename(path).lower(), os.path.join(sounds.root, path)
         has_words = re.search("caption|transcri", name) or METADATA.search(path)
         if name == "text":
             raise UserError(f"{full}: texts as Kaldi has them are not read; write a table of files and texts")
-        if kind_of(path) in NO_TABLES and (has_words or not classes):
+        if kind_of(path) in NO_TABLES and (has_words or not any(classes)):
             read_text(full, [])  # its error says what to do with it
         if kind_of(path) not in TABLES | {".txt", ".lst"}:
             continue
@@ -1439,9 +1481,10 @@ def folder_entries(folder: str, flags: Flags, notes: list) -> list[Entry]:
     heard = [os.path.join(folder, path) for path in sounds.paths]
     known = {*map(stem, heard), *(stem(what) for why, what in notes if why == UNREADABLE)}
     notes += [(UNREADABLE, path) for path in sounds.media if stem(path) not in known]
-    unlisted = "" if "train" in splits.values() else "train"
-    for entry in entries if splits else []:
-        entry.split = splits.get(entry.path) or entry.split or unlisted
+    unlisted = "" if "train" in splits.values() or not splits else "train"
+    places = place_splits(folder, [entry.path.removeprefix(os.path.join(folder, "")) for entry in entries])
+    for entry, place in zip(entries, places):
+        entry.split = splits.get(entry.path) or entry.split or unlisted or place
     return entries
 
 
@@ -1481,7 +1524,7 @@ def class_entries(
     sounds: Sounds, paths: list[str], others: list[str], classes: list[str], flags: Flags, notes: list
 ) -> list[Entry]:
     """The entries of a folder in which nothing but the names of folders, `classes`, says what sounds."""
-    refuse_unread_words(sounds, paths, others, any(classes))
+    refuse_unread_words(sounds, paths, others, classes)
     told = {path for path in others if kind_of(path) in TABLES | {".txt"}}
     unread = [path for path in sounds.others if kind_of(path) not in OTHER_MEDIA and path not in told]
     notes += [("not understood", path) for path in unread]
@@ -2238,6 +2281,7 @@ def start_processes(device_name: str) -> tuple[torch.device, int, int]:
     # The others wait while the first one prepares the data, however long that takes.
     patience = datetime.timedelta(days=1)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+    atexit.register(dist.destroy_process_group)  # else its threads may abort a process that ends
     return device, dist.get_rank(), world_size
 
 

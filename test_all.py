@@ -243,6 +243,8 @@ TABLES_OF_BOTH = [  # columns of any name, any delimiter, comments, blanks, no h
     "sound_i_recorded,what_you_hear\na.wav,rain falls\nb.wav,wind blows\n",
     "path\tcaption\ta,b,c\na.wav\train falls\t1\nb.wav\twind blows\t2\n",
     "a.wav|rain falls\nb.wav|wind blows\n",
+    "a.wav: rain falls\nb.wav - wind blows\n",
+    "x,beschreibung,ort\n\"{'path': 'a.wav'}\",rain falls,here\nb.wav (https://x.org/1),wind blows,there\n",
     "# by hand\n\n# path;caption\r\na;rain falls\r\nb;wind blows\r\n",
     'path, caption\n a.wav, "rain falls"\n b.wav, "wind blows"\n',
     ",path,caption,id\n0,a.mp4,rain falls,/m/0abc\n1,b.mp4,wind blows,/m/0abd\n2,c.wav,nan,/m/0abe\n",
@@ -287,6 +289,7 @@ TABLES_OF_ONE = {  # what is read for a.wav
     "file,caption\na.wav,#REF!\na.wav,rain\n": ["rain"],
     ",path,fold\n0,a.wav,rain falls\n": ["rain falls"],
     "file,label_1,label_2\na.wav,rain,old_dog\n": ["rain old dog"],
+    "file,species,description\na.wav,crow,\nb.wav,owl,of mine\nc.wav,tit,\n": ["crow"],
     '[{"audio": "a.wav", "text": "a", "transcript": "it rains"}, {"audio": "b.wav", "text": "b"}]': [
         "it rains"
     ],
@@ -428,6 +431,7 @@ NAMES = {
     "x/dog.wav": "file,label\nDog.WAV,",
     "x/cafe\u0301.wav": "file,label\ncaf\u00e9.wav,",
     "x/rec_12:30.oga": "file,label\nrec_12:30.wav,",
+    "x/my dog.wav": "file,label\nx%20y/my%20dog.wav,",
     os.fsdecode(b"x/caf\xe9.wav"): "file,label\ncaf\u00e9.wav,",
 }
 
@@ -512,7 +516,7 @@ def test_lists_of_names_are_splits_beside_captions_texts_and_class_folders(tmp_p
         name = f"split{i}.{'json' if i else 'csv'}"
         splits = read(tmp_path / name, ["yes/1.wav", "no/2.wav"], {name: text}, "")[1]
         assert splits == {"yes/1.wav": "train", "no/2.wav": "val"}
-    unread = {"split.txt": "yes/1.wav trains\n"}
+    unread = {"split.txt": "these train\nyes/1.wav\n"}
     assert "seems to list a split" in refusal(tmp_path / "x", ["yes/1.wav", "no/2.wav"], unread, "")
 
 
@@ -529,6 +533,18 @@ def test_tables_of_a_folder_are_joined_where_each_adds_sounds_or_splits(tmp_path
     for i, files in enumerate((fold, lists, fold | lists)):  # DCASE
         found = read(tmp_path / str(i), sounds, meta | files, "")
         assert found[0] == words and [found[1][sound] for sound in sounds] == ["val"] + 3 * ["train"]
+    own = {f"{i}/t.csv": f"file,caption\n{i}.wav,rain {i}\n" for i in (1, 2)}
+    found = read(tmp_path / "own", ["1/1.wav", "2/2.wav"], own, "")
+    assert found[0] == {"1/1.wav": ["rain 1"], "2/2.wav": ["rain 2"]}
+    lines = {
+        f"{name}/x/{i}.trans.txt": f"{i} GO ON\n" for i, name in ((1, "train"), (2, "test"))
+    }  # LibriSpeech
+    found = read(tmp_path / "lines", ["train/x/1.wav", "test/x/2.wav"], lines, "")
+    assert found[0] == {"train/x/1.wav": ["GO ON"], "test/x/2.wav": ["GO ON"]}
+    assert found[1] == {"train/x/1.wav": "train", "test/x/2.wav": "val"}
+    both = {"train_val.csv": "file,caption\na.wav,rain falls\nb.wav,wind blows\n"}
+    found = read(tmp_path / "both", ["train/a.wav", "val/b.wav"], both, "train_val.csv")
+    assert found[1] == {"train/a.wav": "train", "val/b.wav": "val"}
     halves = {"b_noisy.csv": f"file,label\n{rest}", "a_curated.csv": f"file,label\n{first}\n"}
     assert read(tmp_path / "halves", sounds, halves, "")[0] == words
     names = {"c_development.csv": rest, "c_evaluation.csv": f"{first}\n"}  # Clotho
@@ -669,6 +685,11 @@ def test_a_class_that_lies_in_several_is_named_with_them(tmp_path):
     sounds = ["dog/indoor/1.wav", "cat/indoor/2.wav", "cat/outdoor/3.wav", "cow/wav/4.wav"]
     captions = [caption for [caption] in read(tmp_path, sounds, {}, "")[0].values()]
     assert sorted(captions) == ["cat indoor", "cat outdoor", "cow", "dog indoor"]
+    sounds = ["fan/id_00/normal/1.wav", "pump/id_02/normal/2.wav"]
+    captions = [caption for [caption] in read(tmp_path / "machines", sounds, {}, "")[0].values()]
+    assert sorted(captions) == ["fan normal", "pump normal"]
+    sounds = ["set-a/1.wav", "set-b/2.wav"]
+    assert "no words" in refusal(tmp_path / "parts", sounds, {}, "")
 
 
 def test_the_command_shows_and_saves_what_is_read_back_identically(tmp_path, monkeypatch, capsys):
