@@ -420,10 +420,10 @@ def column_splits(name: str, cells: list) -> list[str]:
     splits = sides(set(texts))
     folds = {text: re.fullmatch(r"(fold|set|split)?[ _-]?(\d+)(\.0)?", text) for text in splits}
     numbers = {text: int(match[2]) for text, match in folds.items() if match}
-    # is_train, test: yes or no. But what mostly 'is_valid' is not damaged.
     if family(name).startswith("is_") or family(name) in SPLIT_WORDS:
-        yes = sides([family(name)])[family(name)]
-        if yes == "train" or 2 * sum(text in YES for text in texts) <= len(texts):
+        yes = sides([family(name)])[family(name)]  # is_train, test: yes or no
+        # What is mostly 'valid' is not damaged.
+        if "valid" not in name.lower() or 2 * sum(text in YES for text in texts) <= len(texts):
             splits |= dict.fromkeys(YES, yes) | dict.fromkeys(NO, "val" if yes == "train" else "train")
     elif len(numbers) > 1 or any(splits.values()):
         last = max(numbers.values(), default=0)
@@ -1338,6 +1338,17 @@ def class_names(paths: list[str]) -> list[str]:
     return classes
 
 
+def table_of_splits(path: str) -> dict[str, str]:
+    """{path of a sound: 'train', 'val' or ''} if a table has a column of splits and no words; or {}."""
+    with contextlib.suppress(UserError):
+        table = read_table(path, [])
+        match, column = find_files(table, None), find_splits(table, set())
+        if column and find_words(table, {match.column, column}) == ([], []):
+            paths = [os.path.join(match.sounds.root, sound) for sound in match.paths]
+            return dict(zip(paths, column_splits(column, table.columns[column])))
+    return {}
+
+
 def listed_splits(sounds: Sounds, notes: list) -> tuple[dict[str, str], set[str]]:
     """{path: 'train' or 'val'} of the sounds that lists such as testing_list.txt name, and these lists.
 
@@ -1347,13 +1358,9 @@ def listed_splits(sounds: Sounds, notes: list) -> tuple[dict[str, str], set[str]
     files = [path for path in sounds.others if kind_of(path) in TABLES | {"", ".txt", ".lst"}]
     for path in files:
         if kind_of(path) in TABLES and re.search("split|partition|fold", os.path.basename(path).lower()):
-            with contextlib.suppress(UserError):
-                table = read_table(os.path.join(sounds.root, path), [])
-                match, column = find_files(table, None), find_splits(table, set())
-                if column and find_words(table, {match.column, column}) == ([], []):
-                    sides_said = zip(match.paths, column_splits(column, table.columns[column]))
-                    splits |= {os.path.join(match.sounds.root, sound): side for sound, side in sides_said}
-                    lists.add(first.setdefault(path, path))
+            if said := table_of_splits(os.path.join(sounds.root, path)):
+                splits |= said
+                lists.add(first.setdefault(path, path))
     for path, side in sides(path for path in files if split_word(os.path.basename(path))).items():
         full = os.path.join(sounds.root, path)
         with contextlib.suppress(UserError):
