@@ -256,6 +256,7 @@ STRUCTURE |= set("all my new untitled misc unsorted output export imported backu
 STRUCTURE |= set("processed normalized denoised resampled trimmed segments chunks stems loops".split())
 STRUCTURE |= set("soundscapes recorded consolidate freeze bounces media takes download downloads".split())
 
+# Files that are called so say nothing of single sounds.
 NO_WORDS_IN = r"readme|licen[cs]e|submission|\berrors?\."
 WRITTEN = ("codec_wavs", "lm_wavs")  # folders that the training scripts write into --out
 SHOWN = 10  # lines of one kind that are printed; the others are counted
@@ -1074,7 +1075,7 @@ def row_captions(table: Table, i: int, captions: list[str], tags: list[str]) -> 
         return list(dict.fromkeys(text if " " in text else text.replace("_", " ") for text in texts))
     words: dict[str, dict] = collections.defaultdict(dict)  # of 'label_1' and 'label_2' together
     for name in tags:
-        words[family(name)] |= {text: None for text in cell_texts(table.columns[name][i]) if is_words(text)}
+        words[family(name)] |= dict.fromkeys(filter(is_words, cell_texts(table.columns[name][i])))
     return list(filter(None, map(pseudo_sentence, map(list, words.values()))))[:1]
 
 
@@ -1157,12 +1158,15 @@ def table_entries(path: str, flags: Flags, notes: list) -> list[Entry]:
     try:
         table = read_table(path, notes)
         match = find_files(table, flags.files)
-    except NoSounds:
+    except NoSounds as error:
         lines = [NAME_WORDS.fullmatch(line) for line in read_text(path, []).split("\n") if line.strip()]
         if flags.files or not all(lines):
             raise
         table = Table(path, {"1": [line[1] for line in lines], "2": [line[2] for line in lines]})
-        match = find_files(table, None)
+        try:
+            match = find_files(table, None)
+        except NoSounds:
+            raise error from None  # which names the table's own columns
     if not flags.files and is_row(table, match):  # then number its columns, as `csv_table` does
         rows = enumerate(table.columns.items(), 1)
         table = Table(path, {str(i): [name, *cells] for i, (name, cells) in rows}, table.delimiter)
@@ -1307,7 +1311,7 @@ def numbered_folders(paths: Iterable[str]) -> set[str]:
     mark = r"[\W_][A-Za-z]$|\d+"
     for folders in groups.values():
         names = list(map(os.path.basename, folders))
-        kinds = {re.sub(r"[\W_]", "", re.sub(mark, "", name)) for name in names}
+        kinds = {re.sub(rf"{mark}|[\W_]", "", name) for name in names}
         if len(kinds) == 1 < len(names) and all(re.search(mark, name) for name in names):
             numbered |= folders
     return numbered
@@ -1360,7 +1364,8 @@ def listed_splits(sounds: Sounds, notes: list) -> tuple[dict[str, str], set[str]
         if kind_of(path) in TABLES and re.search("split|partition|fold", os.path.basename(path).lower()):
             if said := table_of_splits(os.path.join(sounds.root, path)):
                 splits |= said
-                lists.add(first.setdefault(path, path))
+                lists.add(path)
+                first[path] = path
     for path, side in sides(path for path in files if split_word(os.path.basename(path))).items():
         full = os.path.join(sounds.root, path)
         with contextlib.suppress(UserError):
@@ -1422,7 +1427,10 @@ def joined(folder: str, read: dict[str, list[Entry]], flags: Flags) -> list[Entr
         gives_way[kind(path)] = gives_way.get(kind(path), True) and holds_tags(path)
     says_splits = {name: any(entry.split for entry in part) for name, part in rows.items()}
     places = {path: os.path.join(folder, os.path.dirname(path), "") for path in read}
-    is_own = all(entry.path.startswith(places[path]) for path in read for entry in read[path])
+    # Tables side by side, or each with sounds of its own folder, may be about other sounds each.
+    may_differ = len(set(places.values())) == 1 or all(
+        entry.path.startswith(places[path]) for path in read for entry in read[path]
+    )
     entries: dict[str, Entry] = {}
     for name in sorted(rows, key=lambda name: (gives_way[name], says_splits[name], -len(rows[name]))):
         new = [entry for entry in rows[name] if entry.path not in entries]
@@ -1431,7 +1439,7 @@ def joined(folder: str, read: dict[str, list[Entry]], flags: Flags) -> list[Entr
         if pairs:
             fits = not new and (gives_way[name] or (agree and says_splits[name]))
         else:
-            fits = len(set(map(os.path.dirname, read))) == 1 or is_own
+            fits = may_differ
         if len({entry.path for entry in rows[name]}) < len(rows[name]) or (entries and not fits):
             what = f"holds {len(read)} tables of sounds, {listed(read)}, that do not fit together"
             raise UserError(f"{folder}: {what}; give one, or several")
@@ -1457,9 +1465,10 @@ def refuse_unread_words(sounds: Sounds, paths: list[str], others: list[str], cla
             raise UserError(f"{sounds.root}: {what}; write what it says into a .txt called as the sound")
     texts = [path for path in others if not re.search(NO_WORDS_IN, path.lower())]
     texts = [path for path in texts if kind_of(path) in TEXTS | NO_TABLES]
-    near = {os.path.dirname(path) for path in texts if kind_of(path) in TEXTS}.intersection(sounds.sizes)
-    if 2 * len(near) > len(sounds.sizes) or (texts and len(set(classes)) == 1):
-        what = f"{texts[0]} is not read, and may say more than the names of folders"
+    near = [path for path in texts if kind_of(path) in TEXTS and os.path.dirname(path) in sounds.sizes]
+    most = 2 * len(set(map(os.path.dirname, near))) > len(sounds.sizes)  # of the folders with sounds have one
+    if most or (texts and len(set(classes)) == 1):
+        what = f"{(near or texts)[0]} is not read, and may say more than the names of folders"
         raise UserError(f"{sounds.root}: {what}; write a table of files and words, or move it away")
     for path in others:
         name, full = os.path.basename(path).lower(), os.path.join(sounds.root, path)

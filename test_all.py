@@ -314,6 +314,7 @@ REFUSED_TABLES = {
     "path,caption\na_long_name.wav,идёт дождь\nb.wav,ветер\n".encode("cp1251"): "UTF-8",
     "path,caption\na.wav,trzask drzwi w łazience\n".encode("cp1250"): "UTF-8",
     "path,place,celsius\na.wav,Zilker Park,12\nb.wav,Lake Ella,13\n": "--words",
+    "file_name, caption\nclip_1.wav, rain falls\nclip_2.wav, wind blows\n": "of 'file_name', 'caption'",
 }
 
 
