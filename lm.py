@@ -83,6 +83,23 @@ def apply_rotary_emb(x, rope):
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin  # the pairs are the two halves of a head
 
 
+def attention(q, k, v, mask=None, is_causal=False):
+    """Each query (B, H, T, d / H) gathers the values whose keys (B, H, S, d / H) it fits:
+
+        softmax(q k^T / sqrt(d / H)) v
+
+    It sees all keys, or those that `mask` allows, or with `is_causal` those up to its own position."""
+    if q.requires_grad and q.is_cpu and q.dtype == torch.bfloat16:
+        # Written out, for this gradient PyTorch's kernel takes two to four times as long.
+        scores = q @ k.mT / math.sqrt(q.shape[3])  # (B, H, T, S)
+        if is_causal:
+            scores = scores + torch.full(scores.shape[2:], -math.inf, dtype=q.dtype).triu(1)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        return scores.softmax(3) @ v
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention, with rotary positions and a cache where they are given."""
 
@@ -106,10 +123,10 @@ class SelfAttention(nn.Module):
         if input_pos is None:
             if cache is not None:
                 cache[:, :, :, :T] = torch.stack((k, v))
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal)
+            y = attention(q, k, v, mask, self.causal)
         else:
             cache.index_copy_(3, input_pos, torch.stack((k, v)).to(cache.dtype))
-            y = F.scaled_dot_product_attention(q.to(cache.dtype), *cache, attn_mask=mask).to(x.dtype)
+            y = attention(q.to(cache.dtype), *cache, mask).to(x.dtype)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, d))
 
 
@@ -132,7 +149,7 @@ class CrossAttention(nn.Module):
         """Sound x (B, T, d) and what `kv` made of the text -> (B, T, d)."""
         B, T, d = x.shape
         q = self.c_q(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, d / H)
-        y = F.scaled_dot_product_attention(q.to(kv.dtype), *kv).to(x.dtype)
+        y = attention(q.to(kv.dtype), *kv).to(x.dtype)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, d))
 
 

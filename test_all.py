@@ -1500,6 +1500,20 @@ def test_turned_queries_and_keys_know_how_far_apart_they_are_and_nothing_else():
     assert abs(product(7, 3) - product(7, 6)) > 1e-2
 
 
+@pytest.mark.parametrize("causal, masked", [(True, False), (False, True), (False, False)])
+def test_attention_written_out_has_the_result_and_the_gradient_of_pytorchs_kernel(causal, masked):
+    qkv = torch.randn(3, 2, 2, 9, 8)
+    mask = torch.arange(9)[None] < 5 if masked else None  # (1, S)
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        x = qkv.to(dtype).requires_grad_()
+        y = lm_py.attention(*x, mask, causal)
+        y.float().square().sum().backward()
+        results.append((y.float(), x.grad.float()))
+    for written_out, kernel in zip(*results):
+        assert_close(written_out, kernel, rtol=0.05, atol=0.05)
+
+
 def test_text_reaches_the_sound_by_the_prefix_and_by_cross_attention_and_may_be_padded(lm):
     u, other = lm.text_encoder(TEXT), lm.text_encoder(TEXT.flip(0))
     both = lm.predict(u, CODES)
