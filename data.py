@@ -210,11 +210,23 @@ OTHER_MEDIA |= {".amr", ".ape", ".wv", ".3gp", ".mka", ".m4b", ".ac3", ".dts", "
 UNREADABLE = "not read; ffmpeg -i X.m4a X.wav makes such files readable"
 MEDIA = tuple(AUDIO | OTHER_MEDIA)
 NO_TABLE = "a table that names no sound here, or is not understood"
-TABLES = {".csv", ".tsv", ".json", ".jsonl"}
+TABLES = {".csv", ".tsv", ".json", ".jsonl", ".ndjson"}
 TEXTS = {".txt", ".lab", ".json", ".srt", ".vtt", ".textgrid", ".jams", ".eaf"}
 TEXTS |= {".xml", ".md", ".yaml", ".yml", ".caption", ".cls"}
-NO_TABLES = {".parquet", ".arrow", ".xlsx", ".xls", ".ods", ".pkl", ".yaml", ".yml", ".tar", ".tgz", ".zip"}
-NO_TABLES |= {".docx", ".doc", ".odt", ".rtf", ".pdf"}
+SHEETS = {".parquet", ".arrow", ".feather", ".xlsx", ".xls", ".ods", ".numbers", ".db", ".sqlite"}
+NO_TABLES = SHEETS | {
+    ".pkl",
+    ".yaml",
+    ".yml",
+    ".tar",
+    ".tgz",
+    ".zip",
+    ".docx",
+    ".doc",
+    ".odt",
+    ".rtf",
+    ".pdf",
+}
 
 # What columns of words are called, as patterns: of captions as they are, of one class, of tags to be joined.
 # Where several columns hold words, the first pattern decides.
@@ -246,9 +258,15 @@ MEASURES = "dur(ation)?(_.*)?|len(gth)?(_.*)?|(.*_)?(seconds?|rate|rating|score|
 SPLIT_WORDS = {"train": "train", "training": "train", "dev": "dev", "development": "dev"}
 SPLIT_WORDS |= dict.fromkeys(["val", "valid", "validation", "validate", "validating"], "val")
 SPLIT_WORDS |= dict.fromkeys(["test", "testing", "eval", "evaluation", "evaluate", "holdout"], "test")
+# In German, French, Spanish, Portuguese, Dutch, Chinese and Japanese, if not the same.
+FOREIGN = "trainieren entraînement entrainement entrenamiento treino treinamento trainen 训练 训练集 学習"
+SPLIT_WORDS |= dict.fromkeys(FOREIGN.split(), "train")
+FOREIGN = "validierung validieren validación validacion validação validacao validatie 验证 验证集 検証"
+SPLIT_WORDS |= dict.fromkeys(FOREIGN.split(), "val")
+SPLIT_WORDS |= dict.fromkeys("testen prueba teste 测试 测试集 テスト".split(), "test")
 YES, NO = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no"}
 SHORT_SPLITS = {"tr": "train", "va": "val", "cv": "val", "te": "test", "tt": "test"}
-SHORT_SPLITS |= {"blind": "test"}  # in columns of splits only
+SHORT_SPLITS |= {"blind": "test"}  # in columns of splits, or where all that lie side by side are called so
 # Folders that are called so are no class of sounds.
 STRUCTURE = set("audio audios wav wavs flac mp3 ogg mono stereo raw clip clips sound sounds samples".split())
 STRUCTURE |= set("rec recs recording recordings file files data dataset fold folder subfolder disc".split())
@@ -321,7 +339,7 @@ OF_DATES += "|sat(urday)?|sun(day)?|[ap]m|gmt|utc"
 # 'Car-Horn-02' has eleven characters, as the ids of YouTube's films have, but is none.
 NAMELIKE = r"([A-Z]?[a-z]+|\d+)([-_]([A-Z]?[a-z]+|\d+))*\Z"
 NO_WORDS = re.compile(
-    r"true|false|nan|none|null|n/a|unknown|untitled|no caption|todo|tbd"
+    r"true|false|nan|none|null|n/a|(?-i:NA)|unknown|untitled|no caption|todo|tbd"
     r"|#(ref|value|name|null|num|div/0)[!?]"  # errors of spreadsheets
     r"|(/[mgt]/\w+[ ,;]*)+|\w+://\S+|www\.\S+|/\S*|\S+\.[a-z]\w{1,3}"  # ids, addresses, paths, files
     rf"|(?=(\D*\d){{3}})([\d\W_]|(?<=\d)[tz]|({OF_DATES})(?![a-z]))+"  # dates
@@ -381,13 +399,13 @@ def is_words(text: str) -> bool:
 def pseudo_sentence(tags: str | list) -> str:
     """The paper's sentence of tags: 'dog, bark' -> 'dog bark', '001 - Dog_bark' -> 'dog bark'.
 
-    Numbers that come first or begin with 0 count files; in 'Boeing 747' they belong to the name."""
+    Numbers that come first or begin with 0, as 01, count files; in 'Boeing 747' they belong to the name."""
     text = " ".join(cell_texts(tags)).lower().replace("’", "'")
     # Letters, digits and marks: Hindi and Thai write vowels as marks, which \w would take for gaps.
     kept = "".join(char if char == "'" or unicodedata.category(char)[0] in "LNM" else " " for char in text)
     words = list(filter(None, (word.strip("'") for word in kept.split())))
     words = list(itertools.dropwhile(str.isdecimal, words))
-    return " ".join(word for word in words if not re.fullmatch(r"0\d*", word))
+    return " ".join(word for word in words if not re.fullmatch(r"0\d+", word))
 
 
 # Splits: what trains and what validates, as columns, names of files, and folders say it.
@@ -397,18 +415,28 @@ def split_word(name: str) -> str:
     """'train', 'dev', 'val' or 'test' if a name such as 'test-clean' or 'FSD50K.dev_audio' says so, or ''.
 
     Of a path the deepest folder with such words counts; 'train_val' says nothing."""
-    for part in reversed(name.lower().split("/")):
-        words = {SPLIT_WORDS[word] for word in re.findall("[a-z]+", part) if word in SPLIT_WORDS}
+    for part in reversed(unicodedata.normalize("NFC", name).lower().split("/")):
+        words = {SPLIT_WORDS[word] for word in re.findall(r"[^\W\d_]+", part) if word in SPLIT_WORDS}
         if words:
             return words.pop() if len(words) == 1 else ""
     return ""
+
+
+def split_words(names: Iterable[str]) -> dict[str, str]:
+    """{name: as `split_word`} for names side by side. 'tr' and 'tt' are such words where both are there."""
+    words = {name: split_word(name) for name in names}
+    short = {name: SHORT_SPLITS.get(os.path.basename(name).split(".")[0].lower(), "") for name in words}
+    all_words = {short[name] or words[name] for name in words if short[name] or words[name]}
+    if any(short.values()) and "train" in all_words and len(all_words) > 1:
+        words = {name: short[name] or words[name] for name in words}
+    return words
 
 
 def sides(names: Iterable[str]) -> dict[str, str]:
     """{name: 'train', 'val' or ''} for names side by side: values of a column, folders, or files.
 
     What a 'dev' is depends on the others: it validates beside 'train', and trains beside 'test' alone."""
-    words = {name: split_word(name) for name in names}
+    words = split_words(names)
     dev = "val" if "train" in words.values() else "train"
     return {name: {"test": "val", "dev": dev}.get(word, word) for name, word in words.items()}
 
@@ -451,7 +479,7 @@ def folder_splits(paths: Iterable[str]) -> dict[str, str]:
     ESC-50 has a class called 'train', but other classes beside it; another set has 'train horn'."""
     splits: dict[str, str] = {}
     for above, names in siblings_of(paths).items():
-        words = set(map(split_word, names))
+        words = set(split_words(names).values())
         exact = {split_word(name) for name in names if name.lower() in SPLIT_WORDS}
         all_splits = "" not in words and (len(words) > 1 or len(names) == 1)
         if all_splits or ("train" in exact and len(exact) > 1):
@@ -466,13 +494,18 @@ def place_splits(source: str, paths: list[str]) -> list[str]:
     said = ""
     if os.path.isfile(source):
         source, name = os.path.split(source)
-        said = sides([name, *os.listdir(source)])[name]
+        beside = os.listdir(source)
+        said = sides([name, *beside])[name]
+        if " " in name and not any(split_word(other) for other in beside if other != name):
+            said = ""  # 'hearing test.csv'
     above, name = os.path.split(os.path.abspath(source))
     near = [f"{entry.name}/" for entry in os.scandir(above) if entry.is_dir() and entry.name[0] != "."]
     if not said and len(near) > 1:
         said = folder_splits(near).get(name, "")
     splits = folder_splits(paths)
-    return [said or next(filter(None, map(splits.get, folders_of(path))), "") for path in paths]
+    # The deepest counts: dev/ may hold a train/ and a test/ of its own.
+    deepest = [filter(None, map(splits.get, reversed(folders_of(path)))) for path in paths]
+    return [said or next(found, "") for found in deepest]
 
 
 # Tables: CSV with any delimiter and JSON of any shape become columns of cells.
@@ -970,7 +1003,7 @@ def family(name: str) -> str:
 def holds_words(cells: list) -> bool:
     """Are most cells of a column words, and not just a numbering such as clip_1, clip_2?"""
     texts = [text for cell in cells[:: max(1, len(cells) // 1000)] for text in cell_texts(cell)]
-    texts = [text for text in texts if text.lower() not in ("nan", "none", "null", "n/a")]
+    texts = [text for text in texts if text != "NA" and text.lower() not in ("nan", "none", "null", "n/a")]
     kinds = {re.sub(r"\d+", "", text) for text in texts}
     numbering = len(kinds) == 1 < len(set(texts)) and " " not in texts[0]
     return texts != [] and not numbering and 2 * sum(map(is_words, texts)) >= len(texts)
@@ -992,7 +1025,7 @@ def rank_words(table: Table, taken: set) -> dict[str, int]:
     A column whose cells all say the same is a remark, not a caption, if its name says nothing, or if another
     one of a known name does not."""
     ranks = {}
-    answered = any(re.fullmatch(ANSWERED, family(name)) for name in table.columns)
+    answered = any(re.fullmatch(ANSWERED, family(name)) for name in table.columns.keys() - taken)
     animals = len(RANKS.intersection(map(family, table.columns))) > 1
     for name, cells in table.columns.items():
         asked = answered and re.fullmatch(ASKED, family(name))
@@ -1399,7 +1432,7 @@ def tables_entries(folder: str, tables: list[str], classes: bool, flags: Flags, 
         if not other and (not read or split_word(path)):
             raise error
         notes.append((NO_TABLE, f"{path} ({error})"))
-    words = set(map(split_word, read))
+    words = set(split_words(read).values())
     if all(map(METADATA.search, read)) or ("" not in words and len(words) == len(read)):
         return list(itertools.chain(*read.values()))
     return joined(folder, read, flags)
@@ -1413,7 +1446,7 @@ def joined(folder: str, read: dict[str, list[Entry]], flags: Flags) -> list[Entr
 
     def kind(path: str) -> str:
         """What a table is called, but for words such as 'train'."""
-        return re.sub("[a-z]+", lambda word: "" if word[0] in SPLIT_WORDS else word[0], path.lower())
+        return re.sub(r"[^\W\d_]+", lambda word: "" if word[0] in SPLIT_WORDS else word[0], path.lower())
 
     def holds_tags(path: str) -> bool:
         """Is it metadata without a column of captions?"""
@@ -1464,7 +1497,7 @@ def refuse_unread_words(sounds: Sounds, paths: list[str], others: list[str], cla
             what = f"{path} lies beside a sound, but is not read"
             raise UserError(f"{sounds.root}: {what}; write what it says into a .txt called as the sound")
     texts = [path for path in others if not re.search(NO_WORDS_IN, path.lower())]
-    texts = [path for path in texts if kind_of(path) in TEXTS | NO_TABLES]
+    texts = [path for path in texts if kind_of(path) in TEXTS | TABLES | NO_TABLES]
     near = [path for path in texts if kind_of(path) in TEXTS and os.path.dirname(path) in sounds.sizes]
     most = 2 * len(set(map(os.path.dirname, near))) > len(sounds.sizes)  # of the folders with sounds have one
     if most or (texts and len(set(classes)) == 1):
@@ -1477,6 +1510,9 @@ def refuse_unread_words(sounds: Sounds, paths: list[str], others: list[str], cla
             raise UserError(f"{full}: texts as Kaldi has them are not read; write a table of files and texts")
         if kind_of(path) in NO_TABLES and (has_words or not any(classes)):
             read_text(full, [])  # its error says what to do with it
+        if kind_of(path) in SHEETS:
+            what = f"{path} is not read, and may say more than the names of folders"
+            raise UserError(f"{sounds.root}: {what}; save it as CSV, or move it away")
         if kind_of(path) not in TABLES | {".txt", ".lst"}:
             continue
         if split_word(name) or "split" in name:  # testing_list.txt
@@ -1519,20 +1555,24 @@ def described_entries(sounds: Sounds, flags: Flags, notes: list) -> list[Entry]:
     if not entries:
         beside = beside_table(sounds, paths, notes)
         words = flags.words or sum(find_words(beside, {"path"}), [])
-        if not beside.columns.keys().isdisjoint(words):
-            return join_rows(beside, Match("path", sounds, paths), flags, notes)
         classes, rest = class_names(paths), [path for path in tables if path not in metadata]
         several = len(set(classes) - {""}) > 1
-        entries = tables_entries(folder, rest, several, flags, notes)
+        # Beside folders of classes, what is called a name or a title is one of a file.
+        told = not (several and all(classes) and {"name", "title"}.issuperset(map(family, words)))
+        if told and not beside.columns.keys().isdisjoint(words):
+            entries = join_rows(beside, Match("path", sounds, paths), flags, notes)
+        else:
+            entries = tables_entries(folder, rest, several, flags, notes)
         if not entries:
             return class_entries(sounds, paths, others, classes, flags, notes)
         # Words for a few sounds only may be about something else, such as the sounds that are damaged.
         if 2 * len(entries) < len(paths) and all(classes) and several:
-            what = f"a table has words for {len(entries)} of {len(paths)} sounds"
-            advice = "give that table itself as the source, or move it elsewhere"
+            what = f"there are words for {len(entries)} of {len(paths)} sounds"
+            advice = "give their table or folder as the source, or move them elsewhere"
             raise UserError(f"{folder}: {what}, but folders are called like classes; {advice}")
     have_rows = {entry.path for entry in entries}
-    notes += [("no row of a table", p) for p in paths if os.path.join(folder, p) not in have_rows]
+    silent = {os.path.join(folder, path) for path in paths} - have_rows - {what for _, what in notes}
+    notes += [("no row of a table", path) for path in sorted(silent)]
     return entries
 
 

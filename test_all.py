@@ -278,6 +278,9 @@ TABLES_OF_ONE = {  # what is read for a.wav
     "file,class,order,family,species\na.wav,Aves,x y,y z,a crow\n": ["a crow"],
     "file,fold,label\na.wav,1,rain\n": ["rain"],
     "file,prompt,response\na.wav,describe this sound,rain falls\n": ["rain falls"],
+    "output,prompt,negative\na.wav,rain falls,a voice\nb.wav,wind,noise\n": ["rain falls"],
+    "file,label\na.wav,stage 0\nb.wav,stage 1\n": ["stage 0"],
+    "file,caption\nb.wav,NA\na.wav,rain\n": ["rain"],
     '[{"x": ["a.wav"], "m": [{"role": "user", "t": "what?"}, {"role": "model", "t": "rain"}]}]': ["rain"],
     '[{"path": "a.wav", "p": [{"score": 0.2, "label": "wind"}, {"score": 0.7, "label": "rain"}]}]': ["rain"],
     '[{"x": "/d/a.wav", "a": [{"r": [{"value": {"choices": ["rain"]}, "type": "y"}], "id": 1}]}]': ["rain"],
@@ -361,6 +364,7 @@ def test_words_that_lie_unread_beside_class_folders_are_refused(tmp_path):
         "text",
         "captions.xlsx",
         "captions.csv",
+        "mine.parquet",
     ]
     for i, name in enumerate(unread):
         text = {name: "x,y\nfar.wav,rain falls\n" if name == "captions.csv" else "bed/a.wav\n"}
@@ -368,15 +372,16 @@ def test_words_that_lie_unread_beside_class_folders_are_refused(tmp_path):
     text = {"bed/description.txt": "rain falls\n", "cat/b_label.txt": "wind blows\n"}
     assert "bed/description.txt" in refusal(tmp_path / "described", sounds, text, "")
     text = {"bed/A.TXT": "rain falls\n", "cat/b.txt": "wind blows\n", "readme.txt": "of mine"}
-    assert read(tmp_path, sounds, text, "")[0] == {"bed/a.wav": ["rain falls"], "cat/b.wav": ["wind blows"]}
+    captions = read(tmp_path / "upper", sounds, text, "")[0]
+    assert captions == {"bed/a.wav": ["rain falls"], "cat/b.wav": ["wind blows"]}
     text = {"bed/a.txt": "0.0\t1.5\tbig_bark\n2.0\t2.5\train\n", "cat/b.txt": "0\t1\twind\n"}  # of Audacity
     captions = read(tmp_path / "events", sounds, text, "")[0]
     assert captions == {"bed/a.wav": ["big bark", "rain"], "cat/b.wav": ["wind"]}
     text = dict.fromkeys(["bed/a.csv", "cat/b.csv"], "description,rate\nrain falls,3\n")
     assert "bed/a.csv" in refusal(tmp_path / "tables", sounds, text, "")
-    assert (
-        "left out, not understood: mine.xlsx" in read(tmp_path / "named", sounds, {"mine.xlsx": "x"}, "")[2]
-    )
+    text = {"birds.csv": "rec,species\n1,owl\n2,jay\n"}
+    assert "birds.csv is not read" in refusal(tmp_path / "one", ["bird set/1_x.wav"], text, "")
+    assert "left out, not understood: my.zip" in read(tmp_path / "named", sounds, {"my.zip": "x"}, "")[2]
 
 
 def test_what_the_scripts_write_into_a_folder_of_sounds_is_not_read(tmp_path):
@@ -450,7 +455,7 @@ def test_names_are_found_as_data_sets_and_disks_write_them(tmp_path):
 SPLITS = """
 subset training testing -> train val   | Split train-x test-x -> train val | set train dev -> train val
 partition train valid_set -> train val | is_train True False -> train val  | set dev eval -> train val
-x train test -> train val              | is_test 0 1 -> train val          | split test test -> val val
+Menge Training Validierung -> train val | is_test 0 1 -> train val          | split test test -> val val
 fold 1.0 2.0 -> - val                  | fold 5 5 -> - -                   | split fold9 fold10 -> - val
 train True False -> train val          | is_valid 1 1 -> - -               | is_valid 0 1 -> train val
 """  # a column's name and two of its cells
@@ -462,6 +467,10 @@ FOLDERS = [
     ("", ["train/1.wav", "dog/2.wav"], ["", ""]),  # ESC-50 has a class called train
     ("", ["train horn/1.wav", "train station/2.wav"], ["", ""]),
     ("test", ["train/dog/1.wav", "test/dog/1.wav"], ["val"]),
+    ("", ["dev_data/fan/test/1.wav", "dev_data/fan/train/2.wav"], ["val", "train"]),
+    ("", ["entraînement/chien/1.wav", "validation/chien/2.wav"], ["train", "val"]),
+    ("", ["tr/dog/1.wav", "tt/dog/2.wav", "cv/dog/3.wav"], ["val", "train", "val"]),
+    ("", ["de/a/1.wav", "te/a/1.wav", "tr/a/1.wav"], ["", "", ""]),  # languages
 ]
 
 
@@ -475,6 +484,10 @@ def test_splits_are_columns_or_names_of_tables_or_folders_whose_siblings_are_spl
         assert list(read(tmp_path / str(i), sounds, {}, source)[1].values()) == splits
     files = {"train.csv": "path,caption\na.wav,rain falls\n", "test.csv": "path,caption\nb.wav,wind blows\n"}
     assert read(tmp_path / "names", ["a.wav", "b.wav"], files, "")[1] == {"a.wav": "train", "b.wav": "val"}
+    files = {"tr.ndjson": '{"path": "a.wav", "text": "rain"}', "te.json": '{"path": "b.wav", "text": "wind"}'}
+    assert read(tmp_path / "short", ["a.wav", "b.wav"], files, "")[1] == {"a.wav": "train", "b.wav": "val"}
+    files = {"hearing test.csv": "path,caption\na.wav,rain falls\n"}
+    assert read(tmp_path / "phrase", ["a.wav"], files, "hearing test.csv")[1] == {"a.wav": ""}
 
 
 def test_headers_that_are_rows_lost_zeros_remarks_and_marks_are_told_from_what_is_meant(tmp_path):
@@ -639,6 +652,11 @@ def test_in_a_folder_texts_beat_tables_and_both_beat_names_of_classes(tmp_path):
     assert read(tmp_path, sounds, text, "")[0] == {"dog/a.wav": ["Rain falls", "it rains"]}
     text = {"dog/a.json": '{"title": "x", "description": "wind blows"}'}
     assert read(tmp_path / "json", sounds, text, "")[0] == {"dog/a.wav": ["wind blows"]}
+    names = {"dog/a.json": '{"title": "take one"}', "cat/b.json": '{"title": "take two"}'}
+    found = read(tmp_path / "titles", ["dog/a.wav", "cat/b.wav"], names, "")[0]
+    assert found == {"dog/a.wav": ["dog"], "cat/b.wav": ["cat"]}
+    few = ["dog/a.wav", "cat/b.wav", "cow/c.wav"]
+    assert "1 of 3 sounds" in refusal(tmp_path / "few", few, {"dog/a.txt": "rain falls"}, "")
     text["dog/a.json"] = '{"one": "rain falls", "two": "wind blows"}'
     assert read(tmp_path / "json", [], text, "", words="two")[0] == {"dog/a.wav": ["wind blows"]}
     text = {"metadata.csv": "file_name,text\ndog/a.wav,from the table\n"}
@@ -727,12 +745,14 @@ def test_tables_of_something_else_and_other_formats_of_a_clip_are_named_and_not_
     captions, credits = "path,caption\ndog/a.wav,rain falls\n", "path,author,site\ndog/a.wav,Ann,Home\n"
     cases = [
         ("CREDITS.csv", {"clips.csv": captions, "CREDITS.csv": credits}, ["dog/a.wav"], "rain falls"),
-        ("readings.csv", {"readings.csv": "city,degrees\nRome,31\nOslo,12\n"}, ["dog/a.wav"], "dog"),
         ("a.flac", {}, ["dog/a.wav", "dog/a.flac"], "dog"),
     ]
     for unread, files, sounds, caption in cases:
         found, _, log = read(tmp_path / unread, sounds, files, "")
         assert found == {"dog/a.wav": [caption]} and unread in log
+    readings = {"readings.csv": "city,degrees\nRome,31\nOslo,12\n"}
+    found, _, log = read(tmp_path / "readings", ["dog/a.wav", "cat/b.wav"], readings, "")
+    assert found == {"dog/a.wav": ["dog"], "cat/b.wav": ["cat"]} and "readings.csv" in log
 
 
 def test_nothing_is_listed_by_the_thousand(tmp_path):
