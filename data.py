@@ -2494,6 +2494,28 @@ def check_run(args, path: str, resume_path: str) -> None:
         raise UserError(f"{resume_path}: is a run of {done} steps; {advice}")
 
 
+class Run:
+    """A training in the folder --out: its files, its processes, and what an earlier run left there.
+
+    `load` reads checkpoints of `kind`. UserError: see `check_run`; a folder in which another one trains."""
+
+    def __init__(self, args, kind: str, load: Callable):
+        names = (f"{kind}.pt", f"{kind}_train.pt", f"{kind}.csv", f"{kind}_wavs")
+        self.path, self.resume_path, self.log_path, self.wavs = (
+            os.path.join(args.out, name) for name in names
+        )
+        check_run(args, self.path, self.resume_path)
+        # Measuring, too, takes the data and the seed of the run that made the model: the same clips are held
+        # out.
+        has_run = args.resume or (args.eval_only and os.path.exists(self.resume_path))
+        self.saved = load(self.resume_path, f"nanoaudiogen {kind} training") if has_run else {}
+        self.flags = recall_flags(args, self.saved)
+        self.device, self.rank, self.world_size = start_processes(args.device)
+        self.is_main = self.rank == 0
+        self.say = tell if self.is_main else lambda *_: None
+        self.lock = lock_folder(args.out) if self.is_main else None  # held until the process ends
+
+
 # ----------------------------------------------------------------------------------------------------------
 # python data.py SOURCE: what training would read, before anyone waits for it.
 

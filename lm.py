@@ -88,7 +88,8 @@ def attention(q, k, v, mask=None, is_causal=False):
 
         softmax(q k^T / sqrt(d / H)) v
 
-    It sees all keys, or those that `mask` allows, or with `is_causal` those up to its own position."""
+    It sees all keys, or with `is_causal` those up to its own position, or those where `mask` is True (where
+    nothing is learnt, also a mask of numbers, which are added to the scores)."""
     if q.requires_grad and q.is_cpu and q.dtype == torch.bfloat16:
         # Written out, for this gradient PyTorch's kernel takes two to four times as long.
         scores = q @ k.mT / math.sqrt(q.shape[3])  # (B, H, T, S)
@@ -231,7 +232,8 @@ def cross_entropy(logits, codes):
 
 
 class AudioLM(nn.Module):
-    """GPT over [text, codes]. `tokenizer` (its bytes) and `codec_hash` are what it was trained with."""
+    """GPT over [text, codes]. `tokenizer` (its bytes), `words` (all that its captions had) and `codec_hash`
+    are what it was trained with."""
 
     def __init__(self, cfg: LMConfig):
         super().__init__()
@@ -274,7 +276,7 @@ class AudioLM(nn.Module):
 
     def embed(self, codes):
         """Codes (B, K, F) to the mean of their K embeddings (B, F, d) (section 3.2)."""
-        return self.wte(codes.transpose(1, 2) + self.codebook_offset).mean(2)
+        return self.wte(codes.transpose(1, 2) + self.codebook_offset).mean(2)  # mean of (B, F, K, d)
 
     def inputs(self, codes, history_mask=None):
         """The start vector and the given frames (B, K, F): (B, 1 + F, d).
@@ -365,8 +367,10 @@ class AudioLM(nn.Module):
     ):
         """Text ids (B, N) to an iterator of codes (B, K, up to `block_frames`), `frames` in all.
 
-        Each prompt has a random generator of its own, so that its result does not depend on the batch (but
-        for rounding in bfloat16).
+        Each prompt has a random generator of its own, with one of the `seeds` (0 to B - 1 if not given), so
+        that its result does not depend on the batch (but for rounding in bfloat16). `guidance` is the gamma
+        of `classifier_free_guidance`, `temperature` divides log p (0: the likeliest code), `top_k` and
+        `top_p` leave only the likeliest codes. LMError: not one seed for each text, or a text too long.
         `negative` (B, N) takes the place of "no text" in guidance. `prefix` (B, K, P) is continued and not
         repeated. Whenever the window of `cfg.max_frames` is full, the model starts afresh from the last half
         window of frames; of a longer prefix, too, it reads no more than that."""
@@ -379,11 +383,11 @@ class AudioLM(nn.Module):
         positions = torch.arange(u.shape[1] + cfg.max_frames, device=u.device)
 
         @torch.inference_mode()  # a tenth faster than no_grad in a small model
-        def sample_and_decode(logits, noise, input_pos, cache=cache):
+        def sample_and_decode(logits, noise, input_pos, filled=cache):
             """Choose a frame (B, K), and read it: the logits of the next (2 B, K, V)."""
             logp = classifier_free_guidance(logits, guidance)
             codes = sample_next(logp, noise, temperature, top_k, top_p)
-            return codes, self.decode_one_frame(codes.repeat(copies, 1), input_pos, cross_kv, cache)
+            return codes, self.decode_one_frame(codes.repeat(copies, 1), input_pos, cross_kv, filled)
 
         if u.is_cuda:
             noise = torch.zeros(B, cfg.streams, cfg.codebook_size, device=u.device)
@@ -395,8 +399,8 @@ class AudioLM(nn.Module):
         while made < frames:
             history = history[:, :, -(cfg.max_frames // 2) :]
             logits = self.prefill(u, history.repeat(copies, 1, 1), cross_kv, cache)  # (2 B, K, V)
-            # The place last read: the text comes first, then bos, then the history.
-            pos, room = u.shape[1] + history.shape[2], min(cfg.max_frames - history.shape[2], frames - made)
+            pos = u.shape[1] + history.shape[2]  # the last position read: text, bos, history
+            room = min(cfg.max_frames - history.shape[2], frames - made)  # frames until the window is full
             while room > 0:
                 n = min(block_frames, room)
                 draws = (n, cfg.streams, cfg.codebook_size)
@@ -405,7 +409,7 @@ class AudioLM(nn.Module):
                 for i in range(n):
                     # The last frame of a full window has no position left: its logits are not used.
                     pos = min(pos + 1, len(positions) - 1)
-                    # A CPU looks at only so much of the cache as is filled, in few different shapes.
+                    # A CPU reads only so much of the cache as is filled, in steps of 64 positions.
                     filled = [] if u.is_cuda else [cache[:, :, :, :, : pos // 64 * 64 + 64]]
                     codes, logits = sample_and_decode(logits, noise[:, i], positions[pos : pos + 1], *filled)
                     block.append(codes.clone())
@@ -416,12 +420,10 @@ class AudioLM(nn.Module):
     def read_text(self, text, guidance: float, negative=None):
         """What sampling needs of the texts (B, N), once: u (2 B, N, d), with text and, for guidance, without;
         what each block's cross-attention reads of it; and an empty cache (L, 2, 2 B, H, S, d / H)."""
-        cfg = self.cfg
+        cfg, texts = self.cfg, [text]
         if guidance != 1:
-            uncond = torch.zeros_like(text) if negative is None else negative
-            length = max(text.shape[1], uncond.shape[1])
-            text = torch.cat([F.pad(t, (0, length - t.shape[1])) for t in (text, uncond)])  # (2 B, N)
-        u = self.text_encoder(text)
+            texts.append(torch.zeros_like(text) if negative is None else negative)
+        u = torch.cat([self.text_encoder(t) for t in texts])  # (2 B, N, d)
         # One query at a time, a CPU's attention in bfloat16 takes six times as long as in float32.
         dtype = torch.float32 if u.device.type == "cpu" else u.dtype
         cross_kv = [kv.to(dtype) for kv in self.cross_kv(u)]
@@ -431,11 +433,10 @@ class AudioLM(nn.Module):
 
     @torch.no_grad()
     def text_evidence(self, text, codes, negative=None):
-        """How much better their text (B, N) explains codes (B, K, F) than no text does, in nats: (B,).
+        """log p(codes | text) - log p(codes | no text) of codes (B, K, F) and texts (B, N), in nats: (B,).
 
-        It is the sum of log p(c | u) - log p(c) over streams and frames, where c are the codes and u is the
-        text; `negative` (B, N) takes the place of no text. What is longer than the model reads is judged
-        window by window."""
+        `negative` (B, N) takes the place of no text. What is longer than the model reads is judged window by
+        window."""
         uncond = torch.zeros_like(text) if negative is None else negative
         u, u_uncond = self.text_encoder(text), self.text_encoder(uncond)
         evidence = torch.zeros(len(codes), device=codes.device)
@@ -575,7 +576,10 @@ class CUDAGraph:
     once."""
 
     def __init__(self, function, *inputs):
-        self.inputs, device = [x.clone() for x in inputs], inputs[0].device  # need not be the current one
+        self.inputs, device = (
+            [x.clone() for x in inputs],
+            inputs[0].device,
+        )  # which need not be the current one
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):  # at its first call a library sets itself up, which is not recorded

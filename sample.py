@@ -34,7 +34,7 @@ from lm import AudioLM, LMError
 
 LIMITS = {"seconds": (0.01, 600), "num_samples": (1, 1000), "guidance": (-100, 100)}
 LIMITS |= {"temperature": (0, 10), "top_p": (0, 1), "top_k": (0, 2048), "best_of": (1, 32)}
-CACHE_BYTES = 2**30  # for keys and values: more sounds are made in batches, those of one --best_of together
+CACHE_BYTES = 2**30  # for keys and values; it limits how many sounds are made at once
 
 
 def get_args():
@@ -130,7 +130,7 @@ def spectrogram(wave, width: int = 600):
     mode = "area" if mel.shape[1] > width else "linear"  # a short event shows in a picture of a minute, too
     mel = torch.nn.functional.interpolate(mel[None], size=width, mode=mode)[0]
     db = 20 * mel.clamp(min=1e-5).log10()  # -100 at least
-    loudest = db.max().clamp(min=-20)  # of a very quiet sound, too, little is seen; of silence nothing
+    loudest = db.max().clamp(min=-20)  # so that a quiet sound stays dark and silence is black
     return ((db - loudest) / 80 + 1).clamp(0, 1).numpy()
 
 
@@ -262,13 +262,6 @@ def with_progress(blocks, frames: int):
             yield block
 
 
-def without_first(pieces, n: int):
-    """Pieces of a wave (1, t), without its first n samples."""
-    for piece in pieces:
-        yield piece[:, n:]
-        n = max(0, n - piece.shape[1])
-
-
 def decode_after(codec, heard, prefix, blocks):
     """Blocks of codes (1, K, f) to pieces of the wave (1, t): first what was `heard` (T,), then the codes as
     they sound after the prefix (1, K, P): the decoder knows what came before.
@@ -276,8 +269,10 @@ def decode_after(codec, heard, prefix, blocks):
     Block by block, ten minutes need no more memory than ten seconds."""
     if len(heard):
         yield heard[None]
-    pieces = codec.decode_stream(itertools.chain([prefix] if prefix.shape[2] else [], blocks))
-    yield from without_first(pieces, prefix.shape[2] * codec.cfg.hop)
+    skip = prefix.shape[2] * codec.cfg.hop  # samples of the prefix, which are heard already
+    for piece in codec.decode_stream(itertools.chain([prefix] if prefix.shape[2] else [], blocks)):
+        yield piece[:, skip:]
+        skip = max(0, skip - piece.shape[1])
 
 
 def wav_header(n_bytes: int) -> bytes:
@@ -352,22 +347,16 @@ def main():
         for batch in batches:
             texts = [prompt for prompt, _ in batch] + [args.negative] * len(batch)
             text, negative = tokenizer.batch(texts, lm.cfg.max_text_len).to(device).chunk(2)
-            blocks = lm.generate_stream(
-                text,
-                frames,
-                seeds=[seed for _, seed in batch],
-                negative=negative,
-                prefix=prefix.expand(len(batch), -1, -1),
-                **options,
-            )
-            blocks = with_progress(blocks, frames)
+            before = prefix.expand(len(batch), -1, -1)  # (B, K, P)
+            options |= {"seeds": [seed for _, seed in batch], "negative": negative, "prefix": before}
+            blocks = with_progress(lm.generate_stream(text, frames, **options), frames)
             if args.stream:
                 waves = [write_stream(decode_after(codec, heard, prefix, blocks), args.stream)]
             else:
                 codes = torch.cat(list(blocks), 2)  # (B, K, F)
                 if args.best_of > 1:
-                    whole = torch.cat((prefix.expand(len(codes), -1, -1), codes), 2)
-                    best = best_of_each(args.best_of, lm.text_evidence(text, whole, negative))
+                    evidence = lm.text_evidence(text, torch.cat((before, codes), 2), negative)
+                    best = best_of_each(args.best_of, evidence)
                     batch, codes = [batch[i] for i in best], codes[best]
                 parts = (decode_after(codec, heard, prefix, one[None].split(500, 2)) for one in codes)
                 waves = (torch.cat([piece.cpu() for piece in pieces], 1)[0] for pieces in parts)

@@ -1691,7 +1691,7 @@ def test_learning_rates_rise_fall_and_end_at_nothing():
 
 @pytest.fixture
 def training():
-    return train_codec.Training(CodecConfig(4, "test"), dict(train_codec.RECIPES["test"]), CPU)
+    return train_codec.Training(CodecConfig(4, "test"), dict(train_codec.RECIPES["test"]), CPU, {})
 
 
 def test_every_parameter_has_one_optimizer_and_muon_the_matrices(lm, training):
@@ -1737,10 +1737,10 @@ def test_the_wave_loss_has_a_share_while_the_codec_is_young_and_none_against_the
 def test_more_steps_move_the_discriminators_start_but_never_back_to_the_first_stage(training, tmp_path):
     for step, disc_start in ((1, 6), (4, 2)):  # of 6 steps, and then of 18
         torch.save(training.checkpoint(step), tmp_path / "t.pt")
-        resumed = train_codec.Training(training.config, training.recipe | {"steps": 18}, CPU)
+        resumed = train_codec.Training(training.config, training.recipe | {"steps": 18}, CPU, {})
         saved = codec_py.load_checkpoint(tmp_path / "t.pt", "nanoaudiogen codec training")
         assert resumed.load(saved, "t.pt") == step and resumed.disc_start == disc_start
-    other = train_codec.Training(training.config, training.recipe | {"disc_filters": 4}, CPU)
+    other = train_codec.Training(training.config, training.recipe | {"disc_filters": 4}, CPU, {})
     del saved["disc_muon"]
     for broken in (resumed, other):  # a part is missing, or of another shape
         with raises(D.UserError, match="of another version"):
@@ -1753,7 +1753,9 @@ def test_collapse_and_a_winning_discriminator_are_said_in_words():
         t = SimpleNamespace(usage=usage, disc_accuracy=disc_accuracy)
         return " ".join(train_codec.health(t, done, grad_norm))
 
-    assert not said(200, 0.8, 1.0) and "streams [2] use less than a tenth" in said(3, 0.8, 1.0)
+    assert not said(200, 0.8, 1.0) and "streams [1] (the first is 0) use less than a tenth" in said(
+        3, 0.8, 1.0
+    )
     assert "it has won" in said(200, 0.99, 1.0) and "unstable" in said(200, 0.8, 1e4)
     assert not said(200, 0.8, 1e4, done=1)  # so the first steps often are, and it means nothing
 
@@ -1843,16 +1845,20 @@ def test_the_text_window_fits_captions_and_mixtures_or_the_share_that_is_cut_is_
 
 
 def test_a_batch_is_shared_by_processes_and_micro_batches():
-    args = SimpleNamespace(size="test", steps=None, batch=12, micro=4)
+    args = SimpleNamespace(steps=None, batch=12, micro=4)
+
+    def run(world_size, **saved):
+        return SimpleNamespace(saved=saved, device=CPU, world_size=world_size)
+
     for world_size, micro, accumulate in ((1, 4, 3), (2, 3, 2), (4, 3, 1)):
-        recipe = train_lm.choose_recipe(args, {}, "test", CPU, world_size)
+        recipe = train_lm.choose_recipe(args, "test", run(world_size))
         assert (recipe["micro"], recipe["accumulate"]) == (micro, accumulate)
-    for choose, some in ((train_lm.choose_recipe, ["test"]), (train_codec.choose_recipe, [])):
+    for script in (train_lm, train_codec):
         with raises(D.UserError, match="--batch 12: cannot be shared by 5 processes"):
-            choose(args, {}, *some, CPU, 5)
+            script.choose_recipe(args, "test", run(5))
         for steps, total in ((None, 18), (24, 24)):  # a resumed run has as many steps as it had, or more
             args.steps = steps
-            assert choose(args, {"steps": 18}, *some, CPU, 1)["steps"] == total
+            assert script.choose_recipe(args, "test", run(1, steps=18))["steps"] == total
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2319,7 +2325,7 @@ train_codec --out made                                  lm.pt
 train_codec --out learnt                                lm_train.pt
 train_codec --out new --resume                          codec_train.pt
 train_codec --out old --resume                          another version
-train_codec --out made --resume --size test --streams 2  'streams': 4
+train_codec --out made --resume --size test --streams 2  with --streams 4
 train_codec --out alone                                 codec.pt
 train_lm --out alone                                    lm.pt
 train_lm --out new                                      codec.pt

@@ -57,7 +57,7 @@ WEIGHTS = {"wave": 0.15, "mel": 1.0, "adversarial": 1.0, "feature": 1.0}  # shar
 # less: at 0.25 the latents then shrink, and the perplexity falls from 310 codes to 135.
 COMMITMENT_WEIGHT, COMMITMENT_WEIGHT_ADVERSARIAL = 0.25, 0.04
 DISC_LR = 4e-3  # constant
-MAX_GRAD_NORM = 10.0  # the first steps exceed it, when silence meets LayerNorms with biases of 0; few later
+MAX_GRAD_NORM = 10.0  # the first steps exceed it (silence meets LayerNorms with biases of 0), later few
 
 
 def get_args():
@@ -66,7 +66,7 @@ def get_args():
     add = parser.add_argument
     D.add_data_flags(parser)
     add("--out", default="out", help="folder for checkpoints, log and prepared data")
-    add("--streams", type=int, default=4, help="1, 2, 4 or 8 streams of codes")
+    add("--streams", type=int, help="1, 2, 4 or 8 streams of codes (default: 4)")
     add("--size", choices=sorted(RECIPES), help="default: paper with CUDA, tiny without")
     add("--steps", type=D.positive, help="training steps (default: by size)")
     add("--batch", type=D.positive, help="crops per step, over all processes (default: by size)")
@@ -91,12 +91,14 @@ def make_optimizers(model, lr: float, betas: tuple):
 class Training:
     """All that changes while the codec is trained: it is what a resumed run reads."""
 
-    def __init__(self, config: CodecConfig, recipe: dict, device: torch.device):
+    def __init__(self, config: CodecConfig, recipe: dict, device: torch.device, flags: dict):
         self.config, self.recipe, self.device = config, recipe, device
+        self.flags = flags  # what it trains on, see `D.recall_flags`
         # The share becomes a step number. Step 0 starts the codebooks: the second stage cannot begin there.
         self.disc_start = max(1, int(recipe["disc_start"] * recipe["steps"]))
         codec = Codec(config).train()
-        # Copied on the CPU: on a GPU the copy's LSTM would gather its scattered weights at every call.
+        # Copied before it goes to the GPU: of a copy made there, cuDNN would gather the LSTM's scattered
+        # weights at every call.
         self.ema = copy.deepcopy(codec).eval().requires_grad_(False).to(device)  # the codec that is kept
         self.codec = codec.to(device)
         self.mel = MelLoss().to(device)
@@ -108,7 +110,6 @@ class Training:
             self.disc_muon, self.disc_adam = make_optimizers(self.disc, DISC_LR, betas=(0.5, 0.9))
             self.parts |= {name: getattr(self, name) for name in ("disc", "disc_muon", "disc_adam")}
         self.disc_accuracy = 0.5  # moving average of how often the discriminator is right
-        self.flags: dict = {}  # what it trains on, see `D.recall_flags`
         # Moving average of how often each code is used (K, V).
         self.usage = torch.zeros(config.streams, config.codebook_size, device=device)
 
@@ -126,17 +127,14 @@ class Training:
 
     def load(self, saved: dict, path: str) -> int:
         """Go on from the checkpoint of this path; returns the step it had reached."""
+        other = f"{path}: of another version, or of other RECIPES; choose another --out for a new run"
         if saved["config"] != asdict(self.config) or ("disc" in saved) != ("disc" in self.parts):
-            raise D.UserError(
-                f"{path}: was started with {saved['config']} and {'a' if 'disc' in saved else 'no'} "
-                "discriminator: repeat those settings to resume it, or choose another --out for a new run"
-            )
+            raise D.UserError(other)
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
         except (KeyError, ValueError, RuntimeError):
-            what = "of another version, or of other RECIPES; choose another --out for a new run"
-            raise D.UserError(f"{path}: {what}") from None
+            raise D.UserError(other) from None
         if saved["step"] > saved["disc_start"]:  # the second stage does not go back to the first
             self.disc_start = saved["disc_start"]
         self.disc_accuracy, self.usage = saved["disc_accuracy"], saved["usage"].to(self.device)
@@ -161,19 +159,19 @@ def train_step(t: Training, wave, step: int):
     D.set_lr((t.muon, t.adam), learning_rate(t, step))
     t.codec.quantizer.train(not adversarial)  # in the second stage the codebooks stand still
     with D.autocast(t.device):
-        wave_hat, codes, commitment = t.codec(wave)
+        wave_hat, codes, commitment = t.codec(wave)  # (B, T), (B, K, F), ()
     losses = {"wave": (wave_hat - wave).abs().mean(), "mel": t.mel(wave, wave_hat)}
     weights = WEIGHTS | {"wave": WEIGHTS["wave"] * max(0.0, 1 - step / t.disc_start)}
     if adversarial:
-        # Every second clip is enough for it, and saves time. (For the balancer the others count as clips
-        # without a gradient, so that over the batch these losses have half of the share in WEIGHTS.)
+        # Every second clip is enough for it, and saves time. To the balancer the gradient of the others is 0:
+        # over the batch both losses have half of the share in WEIGHTS.
         losses |= adversarial_losses(t, wave[::2], wave_hat[::2])
         # A balancer gives a term its share however meaningless it is: the discriminator's opinion counts only
         # as far as it is better than a guess.
         trust = max(0.0, 2 * t.disc_accuracy - 1)
         weights |= {name: trust * WEIGHTS[name] for name in ("adversarial", "feature")}
 
-    gradient = t.balancer(losses, weights, wave_hat)
+    gradient = t.balancer(losses, weights, wave_hat)  # (B, T)
     t.codec.zero_grad()
     # The gradient of this sum at wave_hat is `gradient`: so it goes back into the codec.
     commitment_weight = COMMITMENT_WEIGHT_ADVERSARIAL if adversarial else COMMITMENT_WEIGHT
@@ -196,7 +194,7 @@ def train_step(t: Training, wave, step: int):
 
 
 def adversarial_losses(t: Training, wave, wave_hat) -> dict:
-    """l_g and l_feat for the codec; the gradients of l_d are left at the discriminator's parameters.
+    """l_g and l_feat of waves (B, T) for the codec; the gradients of l_d are left at the discriminator.
 
     The same two forward passes, of real and of decoded clips, serve both losses; in one joint batch the
     codec's gradient would run through the real half as well, for nothing. Each pair is divided by the
@@ -290,11 +288,12 @@ def log_step(t: Training, done: int, losses: dict, grad_norm: float, speed: floa
 
 def health(t: Training, done: int, grad_norm: float):
     """What a person should know about this step, in sentences."""
-    low = [k + 1 for k, counts in enumerate(t.usage) if perplexity(counts) < len(counts) / 10]
+    low = [k for k, counts in enumerate(t.usage) if perplexity(counts) < len(counts) / 10]
     if low:
         yield (
-            f"streams {low} use less than a tenth of their codes: the codebook is collapsing. Early in a run "
-            "it recovers by itself; later lower lr in RECIPES, raise --batch, or add data."
+            f"streams {low} (the first is 0) use less than a tenth of their codes: the codebook is "
+            "collapsing. Early in a run it recovers by itself; later lower lr in RECIPES, raise --batch, or "
+            "add data."
         )
     if t.disc_accuracy > 0.95:
         yield (
@@ -309,16 +308,27 @@ def health(t: Training, done: int, grad_norm: float):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def choose_recipe(args, saved: dict, device: torch.device, world_size: int) -> dict:
+def choose_config(args, run: D.Run) -> CodecConfig:
+    """What the flags say, or the run that is resumed. UserError: they contradict it."""
+    if not run.saved:
+        size = args.size or ("paper" if run.device.type == "cuda" else "tiny")
+        return CodecConfig(4 if args.streams is None else args.streams, size)
+    config = run.saved["config"]
+    for name in ("streams", "size"):
+        if getattr(args, name) not in (None, config[name]):
+            was = f"was started with --{name} {config[name]}: leave --{name} out"
+            raise D.UserError(f"{run.resume_path}: {was}, or choose another --out for a new run")
+    return CodecConfig(config["streams"], config["size"])
+
+
+def choose_recipe(args, size: str, run: D.Run) -> dict:
     """The recipe of the size, with what the flags, or a run to be resumed, say in its place."""
-    args.size = args.size or ("paper" if device.type == "cuda" else "tiny")
-    recipe = dict(RECIPES[args.size])
-    recipe["steps"] = args.steps or saved.get("steps", recipe["steps"])
+    recipe = dict(RECIPES[size])
+    recipe["steps"] = args.steps or run.saved.get("steps", recipe["steps"])
     recipe["batch"] = args.batch or recipe["batch"]
-    if recipe["batch"] % world_size:
-        raise D.UserError(
-            f"--batch {recipe['batch']}: cannot be shared by {world_size} processes, type a multiple of that"
-        )
+    if recipe["batch"] % run.world_size:
+        what = f"cannot be shared by {run.world_size} processes, type a multiple of that"
+        raise D.UserError(f"--batch {recipe['batch']}: {what}")
     return recipe
 
 
@@ -333,81 +343,74 @@ def protect_language_model(out: str) -> None:
             )
 
 
-def main():
-    """Read the flags, prepare the data, train, evaluate and save now and then."""
-    args = get_args()
-    path, resume_path, wavs = (
-        os.path.join(args.out, name) for name in ("codec.pt", "codec_train.pt", "codec_wavs")
-    )
-    log_path = os.path.join(args.out, "codec.csv")
-    D.check_run(args, path, resume_path)
-    # Measuring, too, takes the data and the seed of the run that made the codec: the same clips are held out.
-    has_run = args.resume or (args.eval_only and os.path.exists(resume_path))
-    saved = load_checkpoint(resume_path, "nanoaudiogen codec training") if has_run else {}
-    flags = D.recall_flags(args, saved)
-    device, rank, world_size = D.start_processes(args.device)
-    is_main = rank == 0
-    say = D.tell if is_main else lambda *_: None
-    recipe = choose_recipe(args, saved, device, world_size)
-    config = CodecConfig(args.streams, args.size)
-    lock = D.lock_folder(args.out) if is_main else None  # noqa: F841 (held until the process ends)
+def train(t: Training, run: D.Run, data: D.AudioData, held_out: list, start: int, seed: int) -> None:
+    """From step `start` to the last: learn, log, and now and then save, measure, and say how it goes."""
+    steps, crop_length = t.recipe["steps"], int(t.recipe["seconds"] * D.SAMPLE_RATE)
+    log_every, eval_every = max(1, steps // 100), max(100, steps // 10)
+    log = D.Log(run.log_path, start) if run.is_main else None
+    stopper, clock, bad = D.Stopper(), D.Clock(start), 0
+    for step in tqdm(
+        range(start, steps), initial=start, total=steps, disable=not run.is_main, smoothing=0.05
+    ):
+        # Random crops come straight from the memory map, a function of seed and step alone.
+        crops = data.batch(t.recipe["batch"], crop_length, np.random.default_rng((seed, step)))
+        wave = torch.stack([crop.wave for crop in crops]).chunk(run.world_size)[run.rank].to(run.device)
+        losses, grad_norm, finite = train_step(t, wave, step)
+        bad = 0 if finite else D.count_bad_steps(bad, step, run.resume_path, run.say)
 
-    # Data: random crops come straight from the memory map, a function of seed and step alone.
+        done = step + 1
+        logging = done % log_every == 0
+        stopping = stopper.asked(run.device) and done < steps
+        if logging:
+            D.mean_over_processes(list(losses.values()))
+        if logging and run.is_main:
+            means = {name: loss.item() for name, loss in losses.items()}
+            log_step(t, done, means, grad_norm.item(), clock.steps_per_second(done), log, run.say)
+        if (done % eval_every == 0 or done == steps or stopping) and run.is_main:
+            with clock.paused():
+                D.save_atomic(t.checkpoint(done), run.resume_path)
+                D.save_atomic(t.ema.checkpoint(), run.path)
+                if not stopping:
+                    run.say(evaluate(t.ema, held_out, run.wavs))
+                    for sentence in health(t, done, grad_norm.item()):
+                        run.say("! " + sentence)
+        if stopping:
+            stopper.end(done, run.resume_path, run.say)
+
+
+def main():
+    """Read the flags, prepare the data, and train; or only measure."""
+    args = get_args()
+    run = D.Run(args, "codec", load_checkpoint)
+    device, say = run.device, run.say
+    config = choose_config(args, run)
+    recipe = choose_recipe(args, config.size, run)
+
     data = D.first_then_all(lambda: D.AudioData.from_flags(args, log=say))
     held_out = held_out_waves(data, device)
     one_second = torch.zeros(1, D.SAMPLE_RATE, device=device)
     if args.eval_only:
-        codec = Codec.load(path, device)
+        codec = Codec.load(run.path, device)
         D.choose_threads(args.threads, device, lambda: codec.encode(one_second), say)
-        return say(evaluate(codec, held_out, wavs)) if is_main else None
+        return say(evaluate(codec, held_out, run.wavs)) if run.is_main else None
 
-    # Models and their optimizers.
     torch.manual_seed(args.seed)
-    t = Training(config, recipe, device)
-    t.flags = flags
-    start = t.load(saved, resume_path) if args.resume else 0
-    if D.is_done(resume_path, start, recipe["steps"], say):
+    t = Training(config, recipe, device, run.flags)
+    start = t.load(run.saved, run.resume_path) if args.resume else 0
+    if D.is_done(run.resume_path, start, recipe["steps"], say):
         return
     protect_language_model(args.out)
     D.choose_threads(args.threads, device, lambda: t.ema.encode(one_second), say)
-    steps, crop_length = recipe["steps"], int(recipe["seconds"] * D.SAMPLE_RATE)
-    log = D.Log(log_path, start) if is_main else None
-    parameters = sum(p.numel() for p in t.codec.parameters())
-    disc = f"from step {t.disc_start} on with a discriminator" if t.disc_start < steps else "no discriminator"
+    parameters, never = sum(p.numel() for p in t.codec.parameters()), t.disc_start >= recipe["steps"]
+    disc = "no discriminator" if never else f"from step {t.disc_start} on with a discriminator"
     say(
-        f"codec {args.size}, {config.streams} streams of {config.codebook_size} codes, "
-        f"{config.kbps} kbit/s, {parameters / 1e6:.1f} M parameters; {steps} steps of {recipe['batch']} "
-        f"clips of {recipe['seconds']} s on {device}, {disc}"
+        f"codec {config.size}, {config.streams} streams of {config.codebook_size} codes, "
+        f"{config.kbps} kbit/s, {parameters / 1e6:.1f} M parameters; {recipe['steps']} steps of "
+        f"{recipe['batch']} clips of {recipe['seconds']} s on {device}, {disc}"
     )
-
-    # The loop.
-    log_every, eval_every = max(1, steps // 100), max(100, steps // 10)
-    stopper, clock, bad = D.Stopper(), D.Clock(start), 0
-    for step in tqdm(range(start, steps), initial=start, total=steps, disable=not is_main, smoothing=0.05):
-        crops = data.batch(recipe["batch"], crop_length, np.random.default_rng((args.seed, step)))
-        wave = torch.stack([crop.wave for crop in crops]).chunk(world_size)[rank].to(device)
-        losses, grad_norm, finite = train_step(t, wave, step)
-        bad = 0 if finite else D.count_bad_steps(bad, step, resume_path, say)
-
-        done = step + 1
-        logging = done % log_every == 0
-        stopping = stopper.asked(device) and done < steps
-        if logging:
-            D.mean_over_processes(list(losses.values()))
-        if logging and is_main:
-            means = {name: loss.item() for name, loss in losses.items()}
-            log_step(t, done, means, grad_norm.item(), clock.steps_per_second(done), log, say)
-        if (done % eval_every == 0 or done == steps or stopping) and is_main:
-            with clock.paused():
-                D.save_atomic(t.checkpoint(done), resume_path)
-                D.save_atomic(t.ema.checkpoint(), path)
-                if not stopping:
-                    say(evaluate(t.ema, held_out, wavs))
-                    for sentence in health(t, done, grad_norm.item()):
-                        say("! " + sentence)
-        if stopping:
-            stopper.end(done, resume_path, say)
-    say(f"codec saved to {path}; next: python train_lm.py --streams {config.streams}{D.data_command(args)}")
+    train(t, run, data, held_out, start, args.seed)
+    following = f"python train_lm.py --streams {config.streams}{D.data_command(args)}"
+    say(f"codec saved to {run.path}; next: {following}")
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data as D
-from codec import Codec, CodecError, load_checkpoint
-from lm import AudioLM, LMConfig, LMError, cross_entropy
+from codec import Codec, CodecError
+from lm import AudioLM, LMConfig, LMError, cross_entropy, load_checkpoint
 
 # A size is one entry here and one in lm.SIZES. `tiny` is settled by short runs (experiments/README.md);
 # `base` and `large` follow the paper, but for Muon and fewer steps: for hours of sound, not thousands.
@@ -92,19 +92,20 @@ def get_args():
 class Training:
     """All that changes while the language model is trained: it is what a resumed run reads."""
 
-    def __init__(self, lm: AudioLM, recipe: dict, device, rank: int, world_size: int):
-        self.lm, self.recipe, self.device = lm.train(), recipe, device
-        self.rank, self.world_size = rank, world_size
+    def __init__(self, lm: AudioLM, recipe: dict, run: D.Run):
+        self.lm, self.recipe = lm.train(), recipe
+        self.device, self.rank, self.world_size = run.device, run.rank, run.world_size
         self.tokenizer = D.Tokenizer(lm.tokenizer)
-        self.flags: dict = {}  # what it trains on, see `D.recall_flags`
-        cuda, self.sharded = device.type == "cuda", recipe["shard"] and world_size > 1
+        self.flags = run.flags  # what it trains on, see `D.recall_flags`
+        cuda = run.device.type == "cuda"
+        self.sharded = recipe["shard"] and run.world_size > 1
         self.optimizers = make_optimizers(lm, recipe["lr"], cuda, self.sharded)
-        if D.can_compile(device):  # block by block: what one compiles to serves all the others
+        if D.can_compile(run.device):  # block by block: what one compiles to serves all the others
             for block in [*lm.text_encoder.blocks, *lm.blocks]:
                 block.compile(dynamic=False)
         self.model = lm
-        if world_size > 1:
-            self.model = DistributedDataParallel(lm, device_ids=[device.index] if cuda else None)
+        if run.world_size > 1:
+            self.model = DistributedDataParallel(lm, device_ids=[run.device.index] if cuda else None)
 
     def save(self, path: str, resume_path: str, step: int) -> None:
         """Write both checkpoints; to be called in all processes, which send their part to the first."""
@@ -259,6 +260,12 @@ def caption_losses(lm, tokenizer, codes, captions: list[str]):
     return torch.cat(parts)
 
 
+def caption_accuracy(lm, tokenizer, codes, loss, wrong: list[str]) -> float:
+    """How often a clip is likelier given its true caption, by its `loss` (n, K), than given a wrong one."""
+    is_better = loss.mean(1) < caption_losses(lm, tokenizer, codes, wrong).mean(1)  # (n,)
+    return is_better.float().mean().item()
+
+
 def evaluate(lm, tokenizer, held_out: HeldOut, final: bool = False) -> dict:
     """Held-out loss, per stream and in all, and caption accuracy: how often a clip is likelier given
     its true caption than given a wrong one (chance .5). At the end also that of mixtures, whose wrong caption
@@ -269,13 +276,10 @@ def evaluate(lm, tokenizer, held_out: HeldOut, final: bool = False) -> dict:
     wrong = wrong_captions(held_out.clips, held_out.pool)
     if wrong is None:
         return measures
-    is_better = loss.mean(1) < caption_losses(lm, tokenizer, codes, wrong).mean(1)  # (n,)
-    measures["caption accuracy"] = is_better.float().mean().item()
-    if final:
-        for name, (codes, true, wrong) in held_out.mixtures.items():
-            loss = caption_losses(lm, tokenizer, codes, true)
-            is_better = loss.mean(1) < caption_losses(lm, tokenizer, codes, wrong).mean(1)
-            measures[f"caption accuracy of {name}"] = is_better.float().mean().item()
+    measures["caption accuracy"] = caption_accuracy(lm, tokenizer, codes, loss, wrong)
+    for name, (codes, true, wrong) in held_out.mixtures.items() if final else ():
+        loss = caption_losses(lm, tokenizer, codes, true)
+        measures[f"caption accuracy of {name}"] = caption_accuracy(lm, tokenizer, codes, loss, wrong)
     return measures
 
 
@@ -321,28 +325,31 @@ def load_models(args, device):
     return codec, codec_path, trained
 
 
-def choose_recipe(args, saved: dict, size: str, device, world_size: int) -> dict:
+def choose_recipe(args, size: str, run: D.Run) -> dict:
     """The recipe of the size, with what the flags, or a run to be resumed, say in its place; and the micro
     batches of a step."""
     recipe = dict(RECIPES[size])
-    recipe["steps"] = args.steps or saved.get("steps", recipe["steps"])
+    recipe["steps"] = args.steps or run.saved.get("steps", recipe["steps"])
     batch = args.batch or recipe["batch"]
-    if batch % world_size:
-        raise D.UserError(
-            f"--batch {batch}: cannot be shared by {world_size} processes, type a multiple of that"
-        )
-    cuda = device.type == "cuda"
-    gib = torch.cuda.get_device_properties(device).total_memory / 2**30 if cuda else 0
+    if batch % run.world_size:
+        what = f"cannot be shared by {run.world_size} processes, type a multiple of that"
+        raise D.UserError(f"--batch {batch}: {what}")
+    cuda = run.device.type == "cuda"
+    gib = torch.cuda.get_device_properties(run.device).total_memory / 2**30 if cuda else 0
     most = args.micro or recipe["micro"] * max(1, int(gib / 24))
-    recipe["micro"] = max(n for n in range(1, most + 1) if batch // world_size % n == 0)
-    recipe["accumulate"] = batch // world_size // recipe["micro"]
+    recipe["micro"] = max(n for n in range(1, most + 1) if batch // run.world_size % n == 0)
+    recipe["accumulate"] = batch // run.world_size // recipe["micro"]
     return recipe
+
+
+def captions_of(clips: list[D.Clip]) -> list[str]:
+    """All captions of all clips."""
+    return [caption for clip in clips for caption in clip.captions]
 
 
 def token_counts(tokenizer, data, mix: float) -> torch.Tensor:
     """How many text tokens each training caption has, twice over where clips are mixed: (captions,)."""
-    captions = [caption for clip in data.train for caption in clip.captions]
-    spoken = [f"{caption} and {caption}" if mix else caption for caption in captions]
+    spoken = [f"{caption} and {caption}" if mix else caption for caption in captions_of(data.train)]
     return torch.tensor([len(tokenizer.encode(caption)) for caption in spoken])
 
 
@@ -374,8 +381,7 @@ def warn_of_silence(clips: list[D.Clip], say) -> None:
 
 def new_model(args, recipe: dict, codec, data, size: str, device) -> AudioLM:
     """A model and its tokenizer, made for these captions and this codec."""
-    captions = [caption for clip in data.train for caption in clip.captions]
-    tokenizer = D.Tokenizer.train(captions, recipe["vocab_size"])
+    tokenizer = D.Tokenizer.train(captions_of(data.train), recipe["vocab_size"])
     max_text_len = text_window(token_counts(tokenizer, data, args.mix), *recipe["text_len"])
     fit = {"vocab_size": tokenizer.vocab_size, "max_text_len": max_text_len, "dropout": recipe["dropout"]}
     lm = AudioLM(LMConfig(codec.cfg.streams, size, **fit))
@@ -412,19 +418,42 @@ def frames_per_step(t: Training) -> int:
     return t.world_size * t.recipe["accumulate"] * t.recipe["micro"] * t.lm.cfg.max_frames
 
 
+def train(t: Training, run: D.Run, data: D.AudioData, codec, held_out: HeldOut, start: int, args) -> None:
+    """From step `start` to the last: learn, log, and now and then save and measure."""
+    steps = t.recipe["steps"]
+    log_every, save_every, eval_every = max(1, steps // 100), max(50, steps // 20), max(50, steps // 5)
+    log = D.Log(run.log_path, start) if run.is_main else None
+    stopper, clock, bad = D.Stopper(), D.Clock(start), 0
+    for step in tqdm(
+        range(start, steps), initial=start, total=steps, disable=not run.is_main, smoothing=0.05
+    ):
+        done = step + 1
+        logging = done % log_every == 0
+        losses, grad_norm, finite = train_step(t, data, codec, step, args)
+        bad = 0 if finite else D.count_bad_steps(bad, step, run.resume_path, run.say)
+        stopping = stopper.asked(run.device) and done < steps
+        if logging:
+            D.mean_over_processes([losses])
+        if logging and run.is_main:
+            log_step(t, done, losses, grad_norm, clock.steps_per_second(done), log, run.say)
+        evaluating = done % eval_every == 0 or done == steps
+        if not (evaluating or done % save_every == 0 or stopping):
+            continue
+        with clock.paused():
+            t.save(run.path, run.resume_path, done)
+            if stopping:
+                stopper.end(done, run.resume_path, run.say)
+            if run.is_main and evaluating:
+                # A copy, for it is not compiled: the shapes of evaluation are others.
+                final = done == steps
+                run.say(as_text(evaluate(copy.deepcopy(t.lm).eval(), t.tokenizer, held_out, final)))
+
+
 def main():
-    """Read the flags, prepare the data, train, evaluate and save now and then, make sounds at the end."""
+    """Read the flags, prepare the data, train, and make sounds at the end; or only measure."""
     args = get_args()
-    path, resume_path, wavs = (os.path.join(args.out, name) for name in ("lm.pt", "lm_train.pt", "lm_wavs"))
-    log_path = os.path.join(args.out, "lm.csv")
-    D.check_run(args, path, resume_path)
-    known = args.resume or (args.eval_only and os.path.exists(resume_path))
-    saved = load_checkpoint(resume_path, "nanoaudiogen lm training") if known else {}
-    flags = D.recall_flags(args, saved)
-    device, rank, world_size = D.start_processes(args.device)
-    is_main = rank == 0
-    say = D.tell if is_main else lambda *_: None
-    lock = D.lock_folder(args.out) if is_main else None  # noqa: F841 (held until the process ends)
+    run = D.Run(args, "lm", load_checkpoint)
+    device, say = run.device, run.say
     codec, codec_path, lm = load_models(args, device)
     one_second = torch.zeros(1, D.SAMPLE_RATE, device=device)
     D.choose_threads(args.threads, device, lambda: codec.encode(one_second), say)
@@ -433,70 +462,43 @@ def main():
     data = D.first_then_all(lambda: D.AudioData.from_flags(args, log=say))
     held_out = make_held_out(data, codec, device)
     if args.eval_only:
-        lm = AudioLM.load(path, device, codec.hash())
-        tokenizer = D.Tokenizer(lm.tokenizer)
-        return say(as_text(evaluate(lm, tokenizer, held_out, final=True)))
+        lm = AudioLM.load(run.path, device, codec.hash())
+        return say(as_text(evaluate(lm, D.Tokenizer(lm.tokenizer), held_out, final=True)))
 
     # The model: new, trained before, or that of a stopped run; and its optimizers.
     torch.manual_seed(args.seed)
-    if is_main:
+    if run.is_main:
         put_codec_beside(codec, codec_path, args.out)
-    if saved:
-        lm = AudioLM.from_checkpoint(saved, resume_path, codec.hash()).to(device)
+    if run.saved:
+        lm = AudioLM.from_checkpoint(run.saved, run.resume_path, codec.hash()).to(device)
         if args.size not in (None, lm.cfg.size):
-            raise D.UserError(f"{resume_path}: was started with --size {lm.cfg.size}: leave --size out")
+            raise D.UserError(f"{run.resume_path}: was started with --size {lm.cfg.size}: leave --size out")
     size = lm.cfg.size if lm else args.size or ("base" if device.type == "cuda" else "tiny")
-    recipe = choose_recipe(args, saved, size, device, world_size)
+    recipe = choose_recipe(args, size, run)
     lm = lm or new_model(args, recipe, codec, data, size, device)
-    said = [caption for clip in data.train for caption in clip.captions] + ["and"] * (args.mix > 0)
-    lm.words = sorted({*lm.words, *D.words_of(" ".join(said))})
-    t = Training(lm, recipe, device, rank, world_size)
-    t.flags = flags
-    start, steps = t.load(saved) if saved else 0, recipe["steps"]
-    saved.clear()  # or weights and optimizer of `large` would stay in the memory of every process
-    if D.is_done(resume_path, start, steps, say):
+    lm.words = sorted(
+        {*lm.words, *D.words_of(" ".join([*captions_of(data.train), "and" if args.mix else ""]))}
+    )
+    t = Training(lm, recipe, run)
+    start = t.load(run.saved) if run.saved else 0
+    run.saved.clear()  # or weights and optimizer of `large` would stay in the memory of every process
+    if D.is_done(run.resume_path, start, recipe["steps"], say):
         return
-    log = D.Log(log_path, start) if is_main else None
     warn_of_silence(held_out.clips, say)
     warn_of_cut_captions(token_counts(t.tokenizer, data, args.mix), lm.cfg.max_text_len, say)
     say(
         f"language model {size}, {sum(p.numel() for p in lm.parameters()) / 1e6:.1f} M parameters, text "
-        f"vocabulary {lm.cfg.vocab_size}, up to {lm.cfg.max_text_len} text tokens; "
-        f"{steps} steps of {frames_per_step(t)} frames, {recipe['micro']} clips of {SECONDS} s at a time on "
-        f"{device}; {100 * args.mix:.0f} % of them mixed"
+        f"vocabulary {lm.cfg.vocab_size}, up to {lm.cfg.max_text_len} text tokens; {recipe['steps']} steps "
+        f"of {frames_per_step(t)} frames, {recipe['micro']} clips of {SECONDS} s at a time on {device}; "
+        f"{100 * args.mix:.0f} % of them mixed"
     )
-
-    # The loop.
-    log_every, save_every, eval_every = max(1, steps // 100), max(50, steps // 20), max(50, steps // 5)
-    stopper, clock, bad = D.Stopper(), D.Clock(start), 0
-    for step in tqdm(range(start, steps), initial=start, total=steps, disable=not is_main, smoothing=0.05):
-        done = step + 1
-        logging = done % log_every == 0
-        losses, grad_norm, finite = train_step(t, data, codec, step, args)
-        bad = 0 if finite else D.count_bad_steps(bad, step, resume_path, say)
-        stopping = stopper.asked(device) and done < steps
-        if logging:
-            D.mean_over_processes([losses])
-        if logging and is_main:
-            log_step(t, done, losses, grad_norm, clock.steps_per_second(done), log, say)
-        evaluating = done % eval_every == 0 or done == steps
-        if not (evaluating or done % save_every == 0 or stopping):
-            continue
-        with clock.paused():
-            t.save(path, resume_path, done)
-            if stopping:
-                stopper.end(done, resume_path, say)
-            if is_main and evaluating:
-                # A copy, for it is not compiled: the shapes of evaluation are others.
-                final = done == steps
-                say(as_text(evaluate(copy.deepcopy(lm).eval(), t.tokenizer, held_out, final)))
-    if is_main:
+    train(t, run, data, codec, held_out, start, args)
+    if run.is_main:
         some = held_out.clips[:: math.ceil(len(held_out.clips) / 10)]
-        save_samples(copy.deepcopy(lm).eval(), codec, t.tokenizer, some, wavs)
-    captions = [caption for clip in held_out.pool for caption in clip.captions]
-    prompt = next((c for c in captions if len(t.tokenizer.encode(c)) <= lm.cfg.max_text_len), "rain")
-    where = "" if args.out == "out" else f"--lm {D.shell_quote(path)} "
-    say(f"language model saved to {path}; next: python sample.py {where}--prompt {D.shell_quote(prompt)}")
+        save_samples(copy.deepcopy(lm).eval(), codec, t.tokenizer, some, run.wavs)
+    prompt = min(captions_of(held_out.pool), key=len)
+    where = "" if args.out == "out" else f"--lm {D.shell_quote(run.path)} "
+    say(f"language model saved to {run.path}; next: python sample.py {where}--prompt {D.shell_quote(prompt)}")
 
 
 if __name__ == "__main__":

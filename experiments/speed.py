@@ -49,7 +49,7 @@ def codec_rows(streams: int, device, n: int) -> None:
     """Training without and with the discriminator, encoding and decoding, of the size `paper`."""
     batch = 64 if device.type == "cuda" else 8
     recipe = train_codec.RECIPES["paper"] | {"steps": 1000, "batch": batch, "disc_start": 0.5}
-    t = train_codec.Training(CodecConfig(streams, "paper"), recipe, device)
+    t = train_codec.Training(CodecConfig(streams, "paper"), recipe, device, {})
     wave = 0.1 * torch.randn(batch, D.SAMPLE_RATE, device=device)
     name = f"codec `paper`, {streams} stream{'s' if streams > 1 else ''}"
     ours = batch / seconds(lambda: train_codec.train_step(t, wave, 0), device, n)
@@ -84,7 +84,7 @@ def lm_step(size: str, device):
     """A function that does one training step, optimizers included, with codes at hand; how many frames that
     are, and how many floating point operations a frame takes."""
     args = argparse.Namespace(steps=None, batch=None, micro=None)
-    recipe = train_lm.choose_recipe(args, {}, size, device, 1)
+    recipe = train_lm.choose_recipe(args, size, argparse.Namespace(saved={}, device=device, world_size=1))
     model = lm.AudioLM(lm.LMConfig(4, size, vocab_size=512, max_text_len=16)).to(device)
     optimizers = train_lm.make_optimizers(model, 1e-4, device.type == "cuda", False)
     for block in [*model.text_encoder.blocks, *model.blocks] if device.type == "cuda" else ():
