@@ -381,19 +381,7 @@ class AudioLM(nn.Module):
         u, cross_kv, cache = self.read_text(text, guidance, negative)
         copies = len(u) // B  # of every clip: with its text and, for guidance, without
         positions = torch.arange(u.shape[1] + cfg.max_frames, device=u.device)
-
-        @torch.inference_mode()  # a tenth faster than no_grad in a small model
-        def sample_and_decode(logits, noise, input_pos, filled=cache):
-            """Choose a frame (B, K), and read it: the logits of the next (2 B, K, V)."""
-            logp = classifier_free_guidance(logits, guidance)
-            codes = sample_next(logp, noise, temperature, top_k, top_p)
-            return codes, self.decode_one_frame(codes.repeat(copies, 1), input_pos, cross_kv, filled)
-
-        if u.is_cuda:
-            noise = torch.zeros(B, cfg.streams, cfg.codebook_size, device=u.device)
-            logits = noise.to(u.dtype).repeat(copies, 1, 1)
-            sample_and_decode = CUDAGraph(sample_and_decode, logits, noise, positions[:1])
-
+        step = self.sampling_step(cross_kv, cache, copies, guidance, temperature, top_k, top_p)
         history = text.new_zeros(B, cfg.streams, 0) if prefix is None else prefix
         made = 0
         while made < frames:
@@ -411,11 +399,28 @@ class AudioLM(nn.Module):
                     pos = min(pos + 1, len(positions) - 1)
                     # A CPU reads only so much of the cache as is filled, in steps of 64 positions.
                     filled = [] if u.is_cuda else [cache[:, :, :, :, : pos // 64 * 64 + 64]]
-                    codes, logits = sample_and_decode(logits, noise[:, i], positions[pos : pos + 1], *filled)
+                    codes, logits = step(logits, noise[:, i], positions[pos : pos + 1], *filled)
                     block.append(codes.clone())
                 history = torch.cat((history, torch.stack(block, 2)), 2)
                 made, room = made + n, room - n
                 yield history[:, :, -n:]
+
+    def sampling_step(self, cross_kv, cache, copies: int, guidance, temperature, top_k, top_p):
+        """A function that chooses a frame and reads it; on a GPU it is recorded as one graph."""
+
+        @torch.inference_mode()  # a tenth faster than no_grad in a small model
+        def step(logits, noise, input_pos, filled=cache):
+            """Logits (2 B, K, V) and noise (B, K, V) to a frame (B, K), and the logits of the next."""
+            logp = classifier_free_guidance(logits, guidance)
+            codes = sample_next(logp, noise, temperature, top_k, top_p)
+            return codes, self.decode_one_frame(codes.repeat(copies, 1), input_pos, cross_kv, filled)
+
+        if not cache.is_cuda:
+            return step
+        shape = (cache.shape[2] // copies, self.cfg.streams, self.cfg.codebook_size)
+        noise = torch.zeros(shape, device=cache.device)
+        position = torch.zeros(1, dtype=torch.long, device=cache.device)
+        return CUDAGraph(step, noise.to(cache.dtype).repeat(copies, 1, 1), noise, position)
 
     def read_text(self, text, guidance: float, negative=None):
         """What sampling needs of the texts (B, N), once: u (2 B, N, d), with text and, for guidance, without;
