@@ -162,8 +162,9 @@ def read_blocks(path: str) -> Iterator[torch.Tensor]:
             if file.format in ("OGG", "MP3") and unread > max(2**16, 0.1 * size):
                 raise UserError("only its first part can be decoded")
             # A WAV says how long it is; what is written to a pipe says some enormous number.
-            raw.seek(4)
-            said = int.from_bytes(raw.read(4), "little")
+            raw.seek(0)
+            kind, length = raw.read(4), raw.read(4)
+            said = int.from_bytes(length, "big" if kind == b"RIFX" else "little")
             if file.format in ("WAV", "WAVEX") and size < 0.9 * said < 2**30:
                 raise UserError(f"only {size} of its {said} bytes are there")
     except (UserError, soundfile.LibsndfileError, OSError) as error:
@@ -2060,7 +2061,7 @@ class Parser(argparse.ArgumentParser):
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say what to train on, the same in both training scripts."""
     what = "tables or folders, each with an optional :WEIGHT (default: the recordings in sounds/)"
-    parser.add_argument("--data", nargs="+", help=what)
+    parser.add_argument("--data", nargs="+", action="extend", help=what)
     add_column_flags(parser)
     parser.add_argument("--seed", type=whole_number, help="of all that is random (default: 0)")
 
@@ -2132,13 +2133,14 @@ def one_line_errors(*kinds: type[Exception]):
     """Around main(): what the user can mend ends in one line and exit code 2; a bug keeps its traceback.
 
     The user's are UserError, the `kinds` given, a lack of memory, and errors of files that have a name."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a letter is no reason to stop
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # under pythonw, and after >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the program ends)
+        if hasattr(getattr(sys, name), "reconfigure"):  # a letter that a terminal lacks is no reason to stop
+            getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
         yield
-        if sys.stdout:  # there is none under pythonw, and after >&-
-            sys.stdout.flush()  # here, where a reader that has gone away is no traceback yet
+        sys.stdout.flush()  # here, where a reader that has gone away is no traceback yet
         return
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -2312,7 +2314,7 @@ def save_atomic(obj: object, path: str) -> None:
 
 def write_atomic(content: bytes | memoryview, path: str) -> None:
     """Write a file by way of a temporary one: whatever happens, `path` holds the old or the new, whole."""
-    part = path + ".tmp"
+    part = f"{path}.{os.getpid()}.tmp"  # another process may write there at the same time
     try:
         with open(part, "wb") as file:
             file.write(content)

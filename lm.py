@@ -378,6 +378,8 @@ class AudioLM(nn.Module):
         generators = [torch.Generator().manual_seed(int(s)) for s in (range(B) if seeds is None else seeds)]
         if len(generators) != B:
             raise LMError(f"{len(generators)} seeds for {B} texts: give one for each")
+        if not (temperature >= 0 and top_k >= 0 and top_p >= 0 and math.isfinite(guidance)):
+            raise LMError("temperature, top_k and top_p must be 0 or more, and guidance a finite number")
         u, cross_kv, cache = self.read_text(text, guidance, negative)
         copies = len(u) // B  # of every clip: with its text and, for guidance, without
         positions = torch.arange(u.shape[1] + cfg.max_frames, device=u.device)

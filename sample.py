@@ -77,7 +77,7 @@ def get_args():
         raise D.UserError(
             "--stream plays one sound: give one --prompt and leave out --num_samples and --best_of"
         )
-    if args.stream == "-" and getattr(sys.stdout, "isatty", bool)():
+    if args.stream == "-" and sys.stdout.isatty():
         raise D.UserError("--stream - writes a WAV to stdout: pipe it into a player, such as | aplay")
     if args.stream and os.path.isfile(args.stream):
         raise D.UserError(f"--stream {args.stream}: exists already; name another file, or delete it")
@@ -101,8 +101,13 @@ def read_prompts(path: str) -> list[str]:
 
 def find_weights(args) -> tuple[str, str]:
     """(lm path, codec path): as named, else the newest lm.pt below out/, else pretrained/."""
-    walk = os.walk("out", followlinks=True)
-    made = [os.path.join(folder, "lm.pt") for folder, _, files in walk if "lm.pt" in files]
+    made, visited = [], set()
+    for folder, below, files in os.walk("out", followlinks=True) if not args.lm else ():
+        if os.path.realpath(folder) in visited:  # a link to a folder above would lead in circles
+            below.clear()
+        elif "lm.pt" in files:
+            made.append(os.path.join(folder, "lm.pt"))
+        visited.add(os.path.realpath(folder))
     here = os.path.dirname(os.path.abspath(__file__))
     shipped = os.path.join("" if here == os.getcwd() else here, "pretrained", "lm.pt")
     lm = D.file_in(args.lm or max(made, key=os.path.getmtime, default=shipped), "lm.pt")

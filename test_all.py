@@ -202,6 +202,8 @@ def test_a_file_of_which_only_a_part_can_be_decoded_is_refused_but_tags_behind_a
         file.seek(4)
         file.write(b"\xff\xff\xff\xff")
     assert len(D.load_audio(wav)) == 0.1 * RATE
+    soundfile.write(tmp_path / "big.wav", np.full(70000, 0.1), RATE, endian="BIG", format="WAV")  # RIFX
+    assert len(D.load_audio(str(tmp_path / "big.wav"))) == 70000
     os.truncate(write_wav(tmp_path / "cut.wav", hiss(0.1)), 2000)
     with raises(D.UserError, match="only 2000 of its 3236 bytes are there"):
         D.load_audio(str(tmp_path / "cut.wav"))
@@ -1093,8 +1095,10 @@ def test_a_bug_keeps_its_traceback_and_what_the_user_can_mend_is_one_line(script
 
 
 def test_a_closed_standard_output_and_braces_in_a_caption_are_no_mishap(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", None)
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, None)
     with D.one_line_errors():
+        print("to nobody", file=sys.stderr)
         assert [D.parsed(text) for text in ("{{}}", "{['rain']}")] == ["{{}}", "{['rain']}"]
 
 
@@ -1853,6 +1857,8 @@ def test_a_batch_is_shared_by_processes_and_micro_batches():
     for world_size, micro, accumulate in ((1, 4, 3), (2, 3, 2), (4, 3, 1)):
         recipe = train_lm.choose_recipe(args, "test", run(world_size))
         assert (recipe["micro"], recipe["accumulate"]) == (micro, accumulate)
+    args.micro = 10**12
+    assert train_lm.choose_recipe(args, "test", run(1))["micro"] == 12
     for script in (train_lm, train_codec):
         with raises(D.UserError, match="--batch 12: cannot be shared by 5 processes"):
             script.choose_recipe(args, "test", run(5))
@@ -2293,7 +2299,9 @@ def test_a_stream_can_go_into_a_named_pipe(reader, make, tmp_path):
 @pytest.mark.parametrize("flags", [["--num_samples", 2], ["--stream"]], ids=["plain", "stream"])
 def test_whoever_reads_the_output_may_go_away_and_no_sound_is_lost(flags, make):
     closed = SimpleNamespace(write=raising(BrokenPipeError(errno.EPIPE, "Broken pipe")))
-    with contextlib.redirect_stdout(SimpleNamespace(write=closed.write, flush=quiet, buffer=closed)):
+    with contextlib.redirect_stdout(
+        SimpleNamespace(write=closed.write, flush=quiet, buffer=closed, isatty=bool)
+    ):
         waves = make("--prompt", "rain", *flags)
     assert [len(wave) for wave in waves] == [0.32 * RATE] * len(flags)
 

@@ -337,8 +337,9 @@ def choose_recipe(args, size: str, run: D.Run) -> dict:
     cuda = run.device.type == "cuda"
     gib = torch.cuda.get_device_properties(run.device).total_memory / 2**30 if cuda else 0
     most = args.micro or recipe["micro"] * max(1, int(gib / 24))
-    recipe["micro"] = max(n for n in range(1, most + 1) if batch // run.world_size % n == 0)
-    recipe["accumulate"] = batch // run.world_size // recipe["micro"]
+    mine = batch // run.world_size  # clips of this process
+    recipe["micro"] = max(n for n in range(1, min(most, mine) + 1) if mine % n == 0)
+    recipe["accumulate"] = mine // recipe["micro"]
     return recipe
 
 

@@ -9,6 +9,7 @@ The judge of `classifier.py train` has to be there. Fewer streams mean more fram
 language models get fewer steps, so that all see as many frames, which takes about as long.
 """
 
+import contextlib
 import glob
 import os
 import subprocess
@@ -36,7 +37,12 @@ def run(script: str, out: str, *flags) -> None:
     D.write_atomic(str(command).encode(), begun)
     resume = ["--resume"] if glob.glob(os.path.join(out, "*_train.pt")) else []
     print("\n" + " ".join(command + resume), flush=True)
-    subprocess.run(command + resume, check=True)
+    process, code = subprocess.Popen(command + resume), None
+    while code is None:
+        with contextlib.suppress(KeyboardInterrupt):  # the command has heard it, too: let it save
+            code = process.wait()
+    if code:  # it has said why
+        sys.exit(code)
     D.write_atomic(b"", done)
 
 

@@ -11,6 +11,7 @@ through the codec, sounds made from words), then how many of each category are r
 
 import math
 import os
+import pickle
 
 import numpy as np
 import torch
@@ -66,18 +67,23 @@ class Judge(torch.nn.Module):
 
     @classmethod
     def load(cls, path: str) -> "Judge":
-        """The judge in a file. UserError: there is none."""
+        """The judge in a file. UserError: there is none, or something else."""
         if not os.path.exists(path):
             raise D.UserError(f"{path}: no judge yet: type python experiments/classifier.py train")
-        saved = torch.load(path, weights_only=True)
-        judge = cls(saved["categories"]).eval()
-        judge.load_state_dict(saved["model"])
+        try:
+            saved = torch.load(path, weights_only=True)
+            judge = cls(saved["categories"]).eval()
+            judge.load_state_dict(saved["model"])
+        except (KeyError, TypeError, RuntimeError, pickle.UnpicklingError):
+            raise D.UserError(f"{path}: is no judge of this version: train one, or name another") from None
         return judge
 
 
 def train(args):
     """Train the networks on a table's training clips, save them, and try them on its validation clips."""
     data = D.AudioData([args.data], os.path.dirname(args.classifier) or ".")
+    if len(data.train) < COMPONENTS:
+        raise D.UserError(f"{len(data.train)} clips train, a judge needs {COMPONENTS} or more: add data")
     groups = by_category(data.train, sorted({category(clip) for clip in data.train}))
     spectra = []
     for clips in groups.values():

@@ -20,7 +20,10 @@ def main(folder: str) -> None:
     with open(os.path.join(folder, "meta", "esc50.csv"), newline="") as source:
         rows = list(csv.DictReader(source))
     os.makedirs("esc10", exist_ok=True)
-    with open(os.path.join("esc10", "clips.csv"), "w", newline="") as target:
+    path = os.path.join("esc10", "clips.csv")
+    if os.path.exists(path):
+        raise D.UserError(f"{path}: exists already; move it away first")
+    with open(path, "w", newline="") as target:
         table = csv.writer(target)
         table.writerow(["path", "caption", "fold"])
         for row in rows:
