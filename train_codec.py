@@ -295,7 +295,7 @@ def health(t: Training, done: int, grad_norm: float):
             "collapsing. Early in a run it recovers by itself; later lower lr in RECIPES, raise --batch, or "
             "add data."
         )
-    if t.disc_accuracy > 0.95:
+    if t.disc_accuracy > 0.98:
         yield (
             f"the discriminator is right {100 * t.disc_accuracy:.0f} % of the time: it has won, and its "
             "gradient says little. In a new run, start it later (disc_start in RECIPES) or make it smaller "
