@@ -195,7 +195,7 @@ def wav_bytes(wave: torch.Tensor) -> bytes:
 
 def save_wav(wave: torch.Tensor, path: str):
     """Write wave (T,) to `path`. UserError: it cannot be written."""
-    write_atomic(wav_bytes(wave), path)
+    write_atomic(wav_bytes(wave), path, f"{path}.{os.getpid()}.tmp")  # others may save there at the same time
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -215,19 +215,7 @@ TABLES = {".csv", ".tsv", ".json", ".jsonl", ".ndjson"}
 TEXTS = {".txt", ".lab", ".json", ".srt", ".vtt", ".textgrid", ".jams", ".eaf"}
 TEXTS |= {".xml", ".md", ".yaml", ".yml", ".caption", ".cls"}
 SHEETS = {".parquet", ".arrow", ".feather", ".xlsx", ".xls", ".ods", ".numbers", ".db", ".sqlite"}
-NO_TABLES = SHEETS | {
-    ".pkl",
-    ".yaml",
-    ".yml",
-    ".tar",
-    ".tgz",
-    ".zip",
-    ".docx",
-    ".doc",
-    ".odt",
-    ".rtf",
-    ".pdf",
-}
+NO_TABLES = SHEETS | set(".pkl .yaml .yml .tar .tgz .zip .docx .doc .odt .rtf .pdf".split())
 
 # What columns of words are called, as patterns: of captions as they are, of one class, of tags to be joined.
 # Where several columns hold words, the first pattern decides.
@@ -1572,8 +1560,8 @@ def described_entries(sounds: Sounds, flags: Flags, notes: list) -> list[Entry]:
             advice = "give their table or folder as the source, or move them elsewhere"
             raise UserError(f"{folder}: {what}, but folders are called like classes; {advice}")
     have_rows = {entry.path for entry in entries}
-    silent = {os.path.join(folder, path) for path in paths} - have_rows - {what for _, what in notes}
-    notes += [("no row of a table", path) for path in sorted(silent)]
+    left = {os.path.join(folder, path) for path in paths} - have_rows - {what for _, what in notes}
+    notes += [("no row of a table", path) for path in sorted(left)]
     return entries
 
 
@@ -2312,9 +2300,9 @@ def save_atomic(obj: object, path: str) -> None:
     write_atomic(whole.getbuffer(), path)
 
 
-def write_atomic(content: bytes | memoryview, path: str) -> None:
-    """Write a file by way of a temporary one: whatever happens, `path` holds the old or the new, whole."""
-    part = f"{path}.{os.getpid()}.tmp"  # another process may write there at the same time
+def write_atomic(content: bytes | memoryview, path: str, part: str = "") -> None:
+    """Write a file by way of a temporary one, `part`: whatever happens, `path` holds the old or the new."""
+    part = part or path + ".tmp"
     try:
         with open(part, "wb") as file:
             file.write(content)
@@ -2507,8 +2495,7 @@ class Run:
             os.path.join(args.out, name) for name in names
         )
         check_run(args, self.path, self.resume_path)
-        # Measuring, too, takes the data and the seed of the run that made the model: the same clips are held
-        # out.
+        # Measuring, too, takes the data and the seed of the run: the same clips are held out.
         has_run = args.resume or (args.eval_only and os.path.exists(self.resume_path))
         self.saved = load(self.resume_path, f"nanoaudiogen {kind} training") if has_run else {}
         self.flags = recall_flags(args, self.saved)

@@ -2345,6 +2345,7 @@ train_lm --out made --codec out/codec.pt                another codec
 train_lm --out busy --codec out/codec.pt                another run is writing there
 train_lm --finetune made --out new --codec out/codec.pt  made
 train_lm --finetune hollow --out new                    folder of a trained pair
+train_lm --finetune '' --out new                        folder of a trained pair
 train_lm --finetune made/codec.pt --out new             a folder that holds lm.pt
 train_lm --finetune made --size test                    --size is that of
 train_lm --out old --resume                             another version

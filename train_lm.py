@@ -73,6 +73,8 @@ def get_args():
     args = parser.parse_args()
     if not 0 <= (args.mix or 0) <= 1:
         raise D.UserError(f"--mix {args.mix}: expected a share from 0 to 1")
+    if args.finetune == "":  # a variable of the shell that is not set
+        raise D.UserError("--finetune '': expected the folder of a trained pair, such as pretrained")
     if args.finetune and args.size:
         raise D.UserError("--size is that of the model in --finetune: leave it out")
     if args.finetune and os.path.isfile(args.finetune):  # pretrained/lm.pt means pretrained
