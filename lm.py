@@ -276,7 +276,7 @@ class AudioLM(nn.Module):
 
     def embed(self, codes):
         """Codes (B, K, F) to the mean of their K embeddings (B, F, d) (section 3.2)."""
-        return self.wte(codes.transpose(1, 2) + self.codebook_offset).mean(2)  # mean of (B, F, K, d)
+        return self.wte(codes.transpose(1, 2) + self.codebook_offset).mean(2)  # over K of (B, F, K, d)
 
     def inputs(self, codes, history_mask=None):
         """The start vector and the given frames (B, K, F): (B, 1 + F, d).
@@ -370,7 +370,8 @@ class AudioLM(nn.Module):
         Each prompt has a random generator of its own, with one of the `seeds` (0 to B - 1 if not given), so
         that its result does not depend on the batch (but for rounding in bfloat16). `guidance` is the gamma
         of `classifier_free_guidance`, `temperature` divides log p (0: the likeliest code), `top_k` and
-        `top_p` leave only the likeliest codes. LMError: not one seed for each text, or a text too long.
+        `top_p` leave only the likeliest codes. LMError: one of these is out of range, there is not one seed
+        for each text, or a text is too long.
         `negative` (B, N) takes the place of "no text" in guidance. `prefix` (B, K, P) is continued and not
         repeated. Whenever the window of `cfg.max_frames` is full, the model starts afresh from the last half
         window of frames; of a longer prefix, too, it reads no more than that."""
@@ -583,10 +584,8 @@ class CUDAGraph:
     once."""
 
     def __init__(self, function, *inputs):
-        self.inputs, device = (
-            [x.clone() for x in inputs],
-            inputs[0].device,
-        )  # which need not be the current one
+        self.inputs = [x.clone() for x in inputs]
+        device = inputs[0].device  # need not be the current one
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):  # at its first call a library sets itself up, which is not recorded
