@@ -255,7 +255,7 @@ SPLIT_WORDS |= dict.fromkeys(FOREIGN.split(), "val")
 SPLIT_WORDS |= dict.fromkeys("testen prueba teste 测试 测试集 テスト".split(), "test")
 YES, NO = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no"}
 SHORT_SPLITS = {"tr": "train", "va": "val", "cv": "val", "te": "test", "tt": "test"}
-SHORT_SPLITS |= {"blind": "test"}  # in columns of splits, or where all that lie side by side are called so
+SHORT_SPLITS |= {"blind": "test"}  # in columns of splits, or where one of them lies beside one that trains
 # Folders that are called so are no class of sounds.
 STRUCTURE = set("audio audios wav wavs flac mp3 ogg mono stereo raw clip clips sound sounds samples".split())
 STRUCTURE |= set("rec recs recording recordings file files data dataset fold folder subfolder disc".split())
@@ -327,8 +327,9 @@ OF_DATES += "|nov(ember)?|dec(ember)?|mon(day)?|tue(s(day)?)?|wed(nesday)?|thu(r
 OF_DATES += "|sat(urday)?|sun(day)?|[ap]m|gmt|utc"
 # 'Car-Horn-02' has eleven characters, as the ids of YouTube's films have, but is none.
 NAMELIKE = r"([A-Z]?[a-z]+|\d+)([-_]([A-Z]?[a-z]+|\d+))*\Z"
+MISSING = r"nan|none|null|n/a|(?-i:NA)"  # what programs write into empty cells
 NO_WORDS = re.compile(
-    r"true|false|nan|none|null|n/a|(?-i:NA)|unknown|untitled|no caption|todo|tbd"
+    rf"true|false|{MISSING}|unknown|untitled|no caption|todo|tbd"
     r"|#(ref|value|name|null|num|div/0)[!?]"  # errors of spreadsheets
     r"|(/[mgt]/\w+[ ,;]*)+|\w+://\S+|www\.\S+|/\S*|\S+\.[a-z]\w{1,3}"  # ids, addresses, paths, files
     rf"|(?=(\D*\d){{3}})([\d\W_]|(?<=\d)[tz]|({OF_DATES})(?![a-z]))+"  # dates
@@ -483,10 +484,9 @@ def place_splits(source: str, paths: list[str]) -> list[str]:
     said = ""
     if os.path.isfile(source):
         source, name = os.path.split(source)
-        beside = os.listdir(source)
-        said = sides([name, *beside])[name]
-        if " " in name and not any(split_word(other) for other in beside if other != name):
-            said = ""  # 'hearing test.csv'
+        known = sides([name, *os.listdir(source)])
+        alone = not any(side for other, side in known.items() if other != name)
+        said = "" if " " in name and alone else known[name]  # 'hearing test.csv' says nothing
     above, name = os.path.split(os.path.abspath(source))
     near = [f"{entry.name}/" for entry in os.scandir(above) if entry.is_dir() and entry.name[0] != "."]
     if not said and len(near) > 1:
@@ -763,16 +763,24 @@ class Sounds:
         return len(paths) / sum(self.sizes[folder] for folder in set(map(os.path.dirname, paths)))
 
 
-def walk(root: str) -> Sounds:
-    """All that lies in a folder and below, but what is hidden."""
-    files, visited = [], set()
+def walk_links(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """os.walk that follows links, but into no folder twice: one to a folder above would lead in circles."""
+    visited = set()
     for where, below, names in os.walk(root, followlinks=True):
-        written = "audio.i16" in names or (".lock" in names and where != root)  # by these scripts
-        # A link to a folder above would lead in circles.
-        if written or os.path.realpath(where) in visited:
+        if os.path.realpath(where) in visited:
             below.clear()
             continue
         visited.add(os.path.realpath(where))
+        yield where, below, names
+
+
+def walk(root: str) -> Sounds:
+    """All that lies in a folder and below, but what is hidden."""
+    files = []
+    for where, below, names in walk_links(root):
+        if "audio.i16" in names or (".lock" in names and where != root):  # written by these scripts
+            below.clear()
+            continue
         hidden = (".", "__MACOSX")
         below[:] = sorted(name for name in below if name not in WRITTEN and not name.startswith(hidden))
         files += [os.path.relpath(os.path.join(where, name), root) for name in names if name[0] != "."]
@@ -992,7 +1000,7 @@ def family(name: str) -> str:
 def holds_words(cells: list) -> bool:
     """Are most cells of a column words, and not just a numbering such as clip_1, clip_2?"""
     texts = [text for cell in cells[:: max(1, len(cells) // 1000)] for text in cell_texts(cell)]
-    texts = [text for text in texts if text != "NA" and text.lower() not in ("nan", "none", "null", "n/a")]
+    texts = [text for text in texts if not re.fullmatch(MISSING, text, re.IGNORECASE)]
     kinds = {re.sub(r"\d+", "", text) for text in texts}
     numbering = len(kinds) == 1 < len(set(texts)) and " " not in texts[0]
     return texts != [] and not numbering and 2 * sum(map(is_words, texts)) >= len(texts)
@@ -2122,10 +2130,11 @@ def one_line_errors(*kinds: type[Exception]):
 
     The user's are UserError, the `kinds` given, a lack of memory, and errors of files that have a name."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # under pythonw, and after >&-
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the program ends)
-        if hasattr(getattr(sys, name), "reconfigure"):  # a letter that a terminal lacks is no reason to stop
-            getattr(sys, name).reconfigure(errors="backslashreplace")
+        # There is none under pythonw, and after >&-.
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115 (until the program ends)
+        setattr(sys, name, stream)
+        if hasattr(stream, "reconfigure"):  # a letter that a terminal lacks is no reason to stop
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
         sys.stdout.flush()  # here, where a reader that has gone away is no traceback yet
@@ -2456,6 +2465,14 @@ class Log:
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow(row)
+
+
+def share_of(batch: int, processes: int) -> int:
+    """How many clips of a batch each process takes. UserError: it cannot be shared."""
+    if batch % processes:
+        what = f"cannot be shared by {processes} processes, type a multiple of that"
+        raise UserError(f"--batch {batch}: {what}")
+    return batch // processes
 
 
 def is_done(resume_path: str, step: int, steps: int, say: Callable) -> bool:

@@ -101,13 +101,8 @@ def read_prompts(path: str) -> list[str]:
 
 def find_weights(args) -> tuple[str, str]:
     """(lm path, codec path): as named, else the newest lm.pt below out/, else pretrained/."""
-    made, visited = [], set()
-    for folder, below, files in os.walk("out", followlinks=True) if not args.lm else ():
-        if os.path.realpath(folder) in visited:  # a link to a folder above would lead in circles
-            below.clear()
-        elif "lm.pt" in files:
-            made.append(os.path.join(folder, "lm.pt"))
-        visited.add(os.path.realpath(folder))
+    folders = D.walk_links("out") if not args.lm else ()
+    made = [os.path.join(folder, "lm.pt") for folder, _, files in folders if "lm.pt" in files]
     here = os.path.dirname(os.path.abspath(__file__))
     shipped = os.path.join("" if here == os.getcwd() else here, "pretrained", "lm.pt")
     lm = D.file_in(args.lm or max(made, key=os.path.getmtime, default=shipped), "lm.pt")
@@ -353,8 +348,9 @@ def main():
             texts = [prompt for prompt, _ in batch] + [args.negative] * len(batch)
             text, negative = tokenizer.batch(texts, lm.cfg.max_text_len).to(device).chunk(2)
             before = prefix.expand(len(batch), -1, -1)  # (B, K, P)
-            options |= {"seeds": [seed for _, seed in batch], "negative": negative, "prefix": before}
-            blocks = with_progress(lm.generate_stream(text, frames, **options), frames)
+            drawn = [seed for _, seed in batch]
+            blocks = lm.generate_stream(text, frames, drawn, negative=negative, prefix=before, **options)
+            blocks = with_progress(blocks, frames)
             if args.stream:
                 waves = [write_stream(decode_after(codec, heard, prefix, blocks), args.stream)]
             else:

@@ -457,7 +457,8 @@ def test_names_are_found_as_data_sets_and_disks_write_them(tmp_path):
 SPLITS = """
 subset training testing -> train val   | Split train-x test-x -> train val | set train dev -> train val
 partition train valid_set -> train val | is_train True False -> train val  | set dev eval -> train val
-Menge Training Validierung -> train val | is_test 0 1 -> train val          | split test test -> val val
+x train test -> train val              | is_test 0 1 -> train val          | split test test -> val val
+Menge Training Validierung -> train val | split tr tt -> train val          | Set dev testen -> train val
 fold 1.0 2.0 -> - val                  | fold 5 5 -> - -                   | split fold9 fold10 -> - val
 train True False -> train val          | is_valid 1 1 -> - -               | is_valid 0 1 -> train val
 """  # a column's name and two of its cells

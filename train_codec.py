@@ -326,9 +326,7 @@ def choose_recipe(args, size: str, run: D.Run) -> dict:
     recipe = dict(RECIPES[size])
     recipe["steps"] = args.steps or run.saved.get("steps", recipe["steps"])
     recipe["batch"] = args.batch or recipe["batch"]
-    if recipe["batch"] % run.world_size:
-        what = f"cannot be shared by {run.world_size} processes, type a multiple of that"
-        raise D.UserError(f"--batch {recipe['batch']}: {what}")
+    D.share_of(recipe["batch"], run.world_size)
     return recipe
 
 

@@ -332,14 +332,10 @@ def choose_recipe(args, size: str, run: D.Run) -> dict:
     batches of a step."""
     recipe = dict(RECIPES[size])
     recipe["steps"] = args.steps or run.saved.get("steps", recipe["steps"])
-    batch = args.batch or recipe["batch"]
-    if batch % run.world_size:
-        what = f"cannot be shared by {run.world_size} processes, type a multiple of that"
-        raise D.UserError(f"--batch {batch}: {what}")
+    mine = D.share_of(args.batch or recipe["batch"], run.world_size)  # clips of this process
     cuda = run.device.type == "cuda"
     gib = torch.cuda.get_device_properties(run.device).total_memory / 2**30 if cuda else 0
     most = args.micro or recipe["micro"] * max(1, int(gib / 24))
-    mine = batch // run.world_size  # clips of this process
     recipe["micro"] = max(n for n in range(1, min(most, mine) + 1) if mine % n == 0)
     recipe["accumulate"] = mine // recipe["micro"]
     return recipe
@@ -479,9 +475,8 @@ def main():
     size = lm.cfg.size if lm else args.size or ("base" if device.type == "cuda" else "tiny")
     recipe = choose_recipe(args, size, run)
     lm = lm or new_model(args, recipe, codec, data, size, device)
-    lm.words = sorted(
-        {*lm.words, *D.words_of(" ".join([*captions_of(data.train), "and" if args.mix else ""]))}
-    )
+    said = [*captions_of(data.train), "and" if args.mix else ""]
+    lm.words = sorted({*lm.words, *D.words_of(" ".join(said))})
     t = Training(lm, recipe, run)
     start = t.load(run.saved) if run.saved else 0
     run.saved.clear()  # or weights and optimizer of `large` would stay in the memory of every process
