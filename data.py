@@ -236,25 +236,37 @@ MEANS += "|classifier|identifier|verifier|model|dataset|collection|site|url|link
 MEANS += "|city|weather|channel_?layout|quality|problem|comments?|remarks?|predict(ed|ions?)|preds?"
 ABOUT = rf"(.*_)?({PEOPLE})(_(name|id|type))?|({MEANS})(_(name|id|type))?|.*_(by|id|idx|index|code)"
 ABOUT += "|((caption|label|text|tag|annotation)_)?source|super_?(category|class)"
+ABOUT += "|(false|wrong|negative|foil|old|rejected)_(captions?|text|description)"
 # What a language model was asked is no caption where its answer stands beside it.
-ASKED = "prompt|question|instruction|input"
+ASKED = "prompt|question|instruction|input|query"
 ANSWERED = "responses?|(.*_)?outputs?|answers?|generated_texts?|completions?"
+# Rows that somebody has marked as useless: by 'exclude: 1', by 'keep: no', or by 'status: rejected'.
+BAD = "(is_)?((exclude|reject|skip|ignore|discard|delete|remove|corrupt)(e?d)?|bad|broken|invalid|unusable)"
+GOOD = "(is_)?((keep|use|include|accept|approve)(e?d)?|valid|usable|good|ok)"
+VERDICT = "(.*_)?(status|answer|review|verdict|decision|qc)"
+REJECTED = r"(bad|invalid|unusable|(reject|exclude|discard|ignore|delete)(e?d)?)\b.*"
 # Columns of splits, and of the numbers of folds and classes, which name no sounds: fold 1 is not 1.wav.
 SPLITS = "(data_?|dataset_)?(split|subset|set|partition)s?|(cv_?|k_?)?folds?(_?(id|index|number|nr|no))?"
-SPLITS += "|is_(train|test|val|valid|eval)(ing|idation|uation)?(_set|_split)?"
+USED_FOR = "(is|in|(used_)?for)_"
+SPLITS += f"|{USED_FOR}(train|test|val|valid|eval)(ing|idation|uation)?(_set|_split)?"
 CLASS_IDS = "(.*_)?(class|label|target|category)(_?(id|index|idx|code))?"
 MEASURES = "dur(ation)?(_.*)?|len(gth)?(_.*)?|(.*_)?(seconds?|rate|rating|score|year|age|count|size|channels)"
 SPLIT_WORDS = {"train": "train", "training": "train", "dev": "dev", "development": "dev"}
-SPLIT_WORDS |= dict.fromkeys(["val", "valid", "validation", "validate", "validating"], "val")
-SPLIT_WORDS |= dict.fromkeys(["test", "testing", "eval", "evaluation", "evaluate", "holdout"], "test")
-# In German, French, Spanish, Portuguese, Dutch, Chinese and Japanese, if not the same.
-FOREIGN = "trainieren entraînement entrainement entrenamiento treino treinamento trainen 训练 训练集 学習"
+SPLIT_WORDS |= dict.fromkeys("val valid validation validate validating".split(), "val")
+SPLIT_WORDS |= dict.fromkeys("test testing eval evaluation evaluate holdout heldout".split(), "test")
+# In German, French, Spanish, Portuguese, Dutch, Russian, Chinese and Japanese, if not the same.
+FOREIGN = "trainieren entraînement entrainement apprentissage entrenamiento treino treinamento trainen"
+FOREIGN += " обучение обучающая 训练 训练集 学習"
 SPLIT_WORDS |= dict.fromkeys(FOREIGN.split(), "train")
-FOREIGN = "validierung validieren validación validacion validação validacao validatie 验证 验证集 検証"
+FOREIGN = "validierung validieren validación validacion validação validacao validatie валидация"
+FOREIGN += " 验证 验证集 検証"
 SPLIT_WORDS |= dict.fromkeys(FOREIGN.split(), "val")
-SPLIT_WORDS |= dict.fromkeys("testen prueba teste 测试 测试集 テスト".split(), "test")
-YES, NO = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no"}
-SHORT_SPLITS = {"tr": "train", "va": "val", "cv": "val", "te": "test", "tt": "test"}
+SPLIT_WORDS |= dict.fromkeys("testen prueba teste тест тестовая 测试 测试集 テスト".split(), "test")
+for ending in ("set", "data", "daten", "sdaten"):  # 'trainset'; in German 'Trainingsdaten'
+    SPLIT_WORDS |= {word + ending: split for word, split in SPLIT_WORDS.items() if word.isascii()}
+YES, NO = {"1", "1.0", "true", "yes", "x"}, {"0", "0.0", "false", "no"}
+SHORT_SPLITS = {"tr": "train", "trn": "train", "va": "val", "cv": "val"}
+SHORT_SPLITS |= {"te": "test", "tt": "test", "tst": "test"}
 SHORT_SPLITS |= {"blind": "test"}  # in columns of splits, or where one of them lies beside one that trains
 # Folders that are called so are no class of sounds.
 STRUCTURE = set("audio audios wav wavs flac mp3 ogg mono stereo raw clip clips sound sounds samples".split())
@@ -264,7 +276,7 @@ STRUCTURE |= set("processed normalized denoised resampled trimmed segments chunk
 STRUCTURE |= set("soundscapes recorded consolidate freeze bounces media takes download downloads".split())
 
 # Files that are called so say nothing of single sounds.
-NO_WORDS_IN = r"readme|licen[cs]e|submission|\berrors?\."
+NO_WORDS_IN = r"readme|licen[cs]e|submission|\berrors?\.|\b(invalidated|rejected|reported)\."
 WRITTEN = ("codec_wavs", "lm_wavs")  # folders that the training scripts write into --out
 SHOWN = 10  # lines of one kind that are printed; the others are counted
 
@@ -329,7 +341,8 @@ OF_DATES += "|sat(urday)?|sun(day)?|[ap]m|gmt|utc"
 NAMELIKE = r"([A-Z]?[a-z]+|\d+)([-_]([A-Z]?[a-z]+|\d+))*\Z"
 MISSING = r"nan|none|null|n/a|(?-i:NA)"  # what programs write into empty cells
 NO_WORDS = re.compile(
-    rf"true|false|{MISSING}|unknown|untitled|no caption|todo|tbd"
+    rf"true|false|{MISSING}|unknown|untitled|no caption|todo|tbd|\[?inaudible\]?|missing"
+    r"|cc[ -](by|0)[\w .-]*"  # licences
     r"|#(ref|value|name|null|num|div/0)[!?]"  # errors of spreadsheets
     r"|(/[mgt]/\w+[ ,;]*)+|\w+://\S+|www\.\S+|/\S*|\S+\.[a-z]\w{1,3}"  # ids, addresses, paths, files
     rf"|(?=(\D*\d){{3}})([\d\W_]|(?<=\d)[tz]|({OF_DATES})(?![a-z]))+"  # dates
@@ -390,12 +403,15 @@ def pseudo_sentence(tags: str | list) -> str:
     """The paper's sentence of tags: 'dog, bark' -> 'dog bark', '001 - Dog_bark' -> 'dog bark'.
 
     Numbers that come first or begin with 0, as 01, count files; in 'Boeing 747' they belong to the name."""
-    text = " ".join(cell_texts(tags)).lower().replace("’", "'")
+    text = re.sub(HUMP, " ", " ".join(cell_texts(tags))).lower().replace("’", "'")
     # Letters, digits and marks: Hindi and Thai write vowels as marks, which \w would take for gaps.
     kept = "".join(char if char == "'" or unicodedata.category(char)[0] in "LNM" else " " for char in text)
     words = list(filter(None, (word.strip("'") for word in kept.split())))
     words = list(itertools.dropwhile(str.isdecimal, words))
     return " ".join(word for word in words if not re.fullmatch(r"0\d+", word))
+
+
+HUMP = "(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"  # where a word begins in 'CarHorn' and 'TVNoise'
 
 
 # Splits: what trains and what validates, as columns, names of files, and folders say it.
@@ -405,10 +421,11 @@ def split_word(name: str) -> str:
     """'train', 'dev', 'val' or 'test' if a name such as 'test-clean' or 'FSD50K.dev_audio' says so, or ''.
 
     Of a path the deepest folder with such words counts; 'train_val' says nothing."""
-    for part in reversed(unicodedata.normalize("NFC", name).lower().split("/")):
-        words = {SPLIT_WORDS[word] for word in re.findall(r"[^\W\d_]+", part) if word in SPLIT_WORDS}
-        if words:
-            return words.pop() if len(words) == 1 else ""
+    for part in reversed(unicodedata.normalize("NFC", name).split("/")):
+        words = re.findall(r"[^\W\d_]+", re.sub(HUMP, " ", part).lower())
+        splits = {SPLIT_WORDS[word] for word in [*words, "".join(words)] if word in SPLIT_WORDS}
+        if splits:
+            return splits.pop() if len(splits) == 1 else ""
     return ""
 
 
@@ -439,11 +456,14 @@ def column_splits(name: str, cells: list) -> list[str]:
     splits = sides(set(texts))
     folds = {text: re.fullmatch(r"(fold|set|split)?[ _-]?(\d+)(\.0)?", text) for text in splits}
     numbers = {text: int(match[2]) for text, match in folds.items() if match}
-    if family(name).startswith("is_") or family(name) in SPLIT_WORDS:
+    if re.match(USED_FOR, family(name)) or family(name) in SPLIT_WORDS:
         yes = sides([family(name)])[family(name)]  # is_train, test: yes or no
-        # What is mostly 'valid' is not damaged.
-        if "valid" not in name.lower() or 2 * sum(text in YES for text in texts) <= len(texts):
-            splits |= dict.fromkeys(YES, yes) | dict.fromkeys(NO, "val" if yes == "train" else "train")
+        marks = {""} if {*texts} <= {"", *YES} else set()  # a cross, or nothing
+        # What is mostly 'valid' is not damaged, and an 'eval' of 4 is a grade.
+        mostly = 2 * sum(text in YES for text in texts) > len(texts)
+        if not ("valid" in name.lower() and mostly) and {0, 1} >= {*numbers.values()}:
+            splits |= dict.fromkeys(YES, yes)
+            splits |= dict.fromkeys(NO | marks, "val" if yes == "train" else "train")
     elif len(numbers) > 1 or any(splits.values()):
         last = max(numbers.values(), default=0)
         splits |= {text: "val" if number == last else "" for text, number in numbers.items()}
@@ -471,7 +491,8 @@ def folder_splits(paths: Iterable[str]) -> dict[str, str]:
     for above, names in siblings_of(paths).items():
         words = set(split_words(names).values())
         exact = {split_word(name) for name in names if name.lower() in SPLIT_WORDS}
-        all_splits = "" not in words and (len(words) > 1 or len(names) == 1)
+        # Alone, 'train/' is a split, but 'test recordings/' may be any.
+        all_splits = "" not in words and (len(words) > 1 or (len(names) == 1 and " " not in [*names][0]))
         if all_splits or ("train" in exact and len(exact) > 1):
             splits |= {os.path.join(above, name): side for name, side in sides(names).items() if side}
     return splits
@@ -527,6 +548,8 @@ def read_text(path: str, notes: list) -> str:
             data = file.read()
     except (EOFError, zlib.error, gzip.BadGzipFile) as why:
         raise UserError(f"{path}: cannot be unpacked ({why}); get this file again") from None
+    if data.startswith(b"{\\rtf"):
+        raise UserError(f"{path}: is a document; save it as plain text")
     wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
     if b"\0" in data and not wide:
         raise UserError(f"{path}: is not text; expected a table as CSV, TSV, JSON or JSON lines")
@@ -536,7 +559,7 @@ def read_text(path: str, notes: list) -> str:
         text = data.decode("cp1252", "replace")
         runs = re.findall(r"[^\0-\x7f]+", text)
         # In Western languages few such letters follow each other; Polish has letters where superscripts are.
-        if wide or len("".join(runs)) > 2 * len(runs) or re.search("[¹³][a-z]", text):
+        if wide or len("".join(runs)) > 2 * len(runs) or re.search("[¹³][a-z]|\ufffd", text):
             raise UserError(f"{path}: its letters are in an unknown encoding; save it as UTF-8") from None
         notes.append(("", f"{path}: is not UTF-8; its letters are read as Windows-1252"))
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -583,13 +606,18 @@ def csv_table(path: str, text: str) -> Table:
         even = widths.count(widths[0]) / len(widths) if rows and widths[0] > 1 else 0
         return even, any(stem(cell) != cell for row in rows[-1:] for cell in row)
 
-    delimiter = max(",\t;|", key=evenness)
+    delimiter = max("\t|,;", key=evenness)  # captions hold the last two
     try:
         rows = csv_rows(text, delimiter, strict=True)
     except csv.Error:
-        if delimiter in ",;":
+        if delimiter in "\t|":  # where a quote is often just a quote
+            rows = csv_rows(text, delimiter, quoting=csv.QUOTE_NONE)
+        elif '\\"' in text:
+            rows = csv_rows(text, delimiter, strict=True, escapechar="\\")
+        else:
             raise
-        rows = csv_rows(text, delimiter, quoting=csv.QUOTE_NONE)  # between tabs a quote is often just a quote
+    if len(rows) > 2 and rows[0][0] and len(rows[0]) > 1 and not any(rows[0][1:]) and any(rows[1][1:]):
+        rows.pop(0)  # a title above the header
     above = csv_rows(comments.rpartition("#")[2].strip() if "#" in comments else "", delimiter)
     if rows and above and len(above[0]) == len(rows[0]) > 1:
         rows = above + rows  # AudioSet's header is its last comment
@@ -636,6 +664,8 @@ def json_rows(path: str, data: list | dict) -> list[dict]:
     """The rows in JSON of any shape."""
     if isinstance(data, list):
         return [row if isinstance(row, dict) else {} for row in data]
+    if data.keys() >= {"columns", "data"}:  # as pandas writes it with orient="split"
+        return [dict(zip(data["columns"], cells)) for cells in data["data"]]
     tables = {}  # what lies below a key and is a list or a dictionary of rows
     for key, part in data.items():
         inner = list(part.values()) if isinstance(part, dict) else part
@@ -647,7 +677,9 @@ def json_rows(path: str, data: list | dict) -> list[dict]:
     for key, part in tables.items():  # {'version': 1, 'clips': [rows]}, or {'train': [rows], 'test': [rows]}
         rows += [row | ({"split": key} if split_word(key) else {}) for row in json_rows(path, part)]
     kinds = set() if tables else set(map(type, data.values()))
-    if kinds == {dict}:  # {'a.wav': row, 'b.wav': row}
+    if kinds == {dict} and all(map(split_word, data)):  # {'train': {'a.wav': 'rain falls'}, 'test': {...}}
+        rows = [row | {"split": key} for key, part in data.items() for row in json_rows(path, part)]
+    elif kinds == {dict}:  # {'a.wav': row, 'b.wav': row}
         rows = [{"key": key} | row for key, row in data.items()]
         if all(name.isdecimal() for row in data.values() for name in row):  # {'path': {'0': 'a.wav'}}
             numbers = dict.fromkeys(number for column in data.values() for number in column)
@@ -747,8 +779,9 @@ class Sounds:
         key = name_key(name)
         # The last two are how Label Studio renames files, and how Notion writes their names.
         for one in (key, key.casefold(), re.sub("^[0-9a-f]{8}-", "", key), urllib.parse.unquote(key)):
-            if self.index.get(one):
-                return self.index[one]
+            if found := self.index.get(one):
+                exact = [path for path in found if name_key(os.path.basename(path)) == one]
+                return exact or found
         if key.isdecimal() and key.lstrip("0") in self.numbers:  # spreadsheets turn 007 into 7
             return self.numbers[key.lstrip("0")]
         # 'barking-dog.wav' has as many letters as a film's id.
@@ -891,6 +924,9 @@ def own_folders(cells: list[tuple[str, str]], places: list[list[Place]]) -> list
     return [row if row and row[0][0] <= ignored[len(ignored) // 2] else [] for row in kept]
 
 
+NAMELESS = "|index|idx|unnamed"  # what columns are called that number the rows
+
+
 def is_chance(match: Match, cells: list[tuple]) -> bool:
     """May it be chance that a column's cells (folder, name) name sounds? It is none if most rows have their
     sound or, but for mere numbers, most sounds have a row."""
@@ -902,7 +938,7 @@ def is_chance(match: Match, cells: list[tuple]) -> bool:
     stems = [stem(os.path.basename(path)) for path in found]
     numbers = not match.exact and all(map(str.isdecimal, stems))
     repeated = rows_found > len(found)
-    if numbers and (repeated or re.fullmatch("|id|index|idx|number|unnamed", family(match.column))):
+    if numbers and (repeated or re.fullmatch(f"{NAMELESS}|id|number", family(match.column))):
         # A few numbers that begin at 0 or 1 count something else than the many sounds there: classes, marks.
         if max(map(int, stems)) <= len(found) and 2 * len(found) <= len(sounds.paths):
             return True
@@ -966,6 +1002,8 @@ def find_files(table: Table, files: str | None) -> Match:
             # Beside a column of file names, one whose few cells happen to be names of sounds is not it.
             if match and (match.exact or len(set(map(str, table.columns[name]))) >= most):
                 matches.append(match)
+        named = [m for m in matches if m.exact or not re.fullmatch(NAMELESS, family(m.column))]
+        matches = named or matches  # if there is another, not pandas' numbers of rows
         for name, error in unclear.items():  # a numbering may be unclear where another column names files
             if len(written[name]) == most > 0 or not any(match.exact for match in matches):
                 raise error
@@ -994,7 +1032,7 @@ def best_match(table: Table, matches: list[Match]) -> Match:
 
 def family(name: str) -> str:
     """'Caption-2' and 'caption[1]' are of one family, 'caption'; 'isTrain' and 'is_train' of another."""
-    return re.sub(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])", "_", name).strip("_").lower()
+    return re.sub(rf"[\W\d_]+|{HUMP}", "_", name).strip("_").lower()
 
 
 def holds_words(cells: list) -> bool:
@@ -1073,7 +1111,7 @@ def find_splits(table: Table, taken: set) -> str:
         values = {str(cell).strip().lower() for cell in cells if cell}
         # Whatever a column is called, if it holds 'train' and 'test' and nothing else, it is one; also if it
         # holds 'test' alone. ('train' alone may be what sounds.)
-        sides_named = {SPLIT_WORDS.get(value, "") for value in values}
+        sides_named = {SPLIT_WORDS.get(re.sub(r"[\W_]", "", value), "") for value in values}
         plain = "" not in sides_named and sides_named - {"train", "dev"}
         named = re.fullmatch("|".join([SPLITS, *SPLIT_WORDS]), family(name))
         named = named and any(column_splits(name, cells))
@@ -1085,6 +1123,7 @@ def find_splits(table: Table, taken: set) -> str:
 def unknown_splits(table: Table, split: str, splits: list[str]) -> list[tuple[str, str]]:
     """Notes on what a column of splits says where the `splits` of the rows do not say it."""
     columns = [split] if split else [name for name in table.columns if re.fullmatch(SPLITS, family(name))]
+    columns = [name for name in columns if not re.fullmatch(GOOD, family(name))]  # 'is_valid: False'
     notes = []
     for name in columns:
         unknown = {str(cell) for cell, side in zip(table.columns[name], splits) if cell and not side}
@@ -1109,6 +1148,19 @@ def row_captions(table: Table, i: int, captions: list[str], tags: list[str]) -> 
     return list(filter(None, map(pseudo_sentence, map(list, words.values()))))[:1]
 
 
+def rejected_rows(table: Table, taken: set) -> set[int]:
+    """The rows that some column marks as useless; none, if that were all."""
+    rejected, rows = set(), len(table.columns[next(iter(table.columns))])
+    for name in table.columns.keys() - taken:
+        texts = [str(cell).strip().lower() for cell in table.columns[name]]
+        marks = REJECTED if re.fullmatch(VERDICT, family(name)) else "(?!)"
+        if {*texts} <= {*YES, *NO, "", "none", "nan"}:
+            is_bad, is_good = (re.fullmatch(names, family(name)) for names in (BAD, GOOD))
+            marks = "|".join(YES if is_bad else NO if is_good else {"(?!)"})
+        rejected |= {i for i, text in enumerate(texts) if re.fullmatch(marks, text)}
+    return rejected if len(rejected) < rows else set()
+
+
 def check_moments(table: Table, match: Match):
     """Refuse rows that are about moments in files: of one file, several say when."""
     columns = list(map(family, table.columns))
@@ -1125,6 +1177,48 @@ def check_moments(table: Table, match: Match):
             what = f"its rows are about moments in the files (column {name!r}), not about whole sounds"
             advice = "cut the files there, or name the columns of words with --words"
             raise UserError(f"{table.path}: {what}; {advice}")
+
+
+def check_numbers(table: Table, match: Match):
+    """Refuse numbers for names where a table beside this one gives other numbers to the sounds: ids."""
+    found = [str(cell) for path, cell in zip(match.paths, table.columns[match.column]) if path]
+    if match.exact or not all(map(str.isdecimal, found)):
+        return
+    for path in glob.glob(os.path.join(glob.escape(os.path.dirname(table.path)), "*")):
+        if kind_of(path) not in TABLES or path == table.path:
+            continue
+        columns: dict[str, list] = {}
+        with contextlib.suppress(UserError):
+            columns = read_table(path, []).columns
+        for cells in columns.values():
+            names = [split_path(cell)[1] for cell in cells]
+            if not all(stem(name) != name and name_key(name) in match.sounds.index for name in names):
+                continue
+            for name, ids in columns.items():
+                ids = list(map(str, ids))
+                numbers = all(map(str.isdecimal, ids)) and len(set(ids)) == len(ids)
+                if numbers and not re.fullmatch(MEASURES, family(name)) and ids != list(map(stem, names)):
+                    what = f"{match.column!r} holds numbers, but {path} gives other numbers to the sounds"
+                    raise UserError(f"{table.path}: {what}; write one table of files and words")
+
+
+def check_folders(table: Table, match: Match):
+    """Refuse to take dogs/1.wav for cats/1.wav: where files have mere numbers, folders say which they are."""
+
+    def speaks(folder: str) -> bool:
+        """Is it called by words that mean something?"""
+        words = pseudo_sentence(folder).split()
+        return bool(words) and not split_word(folder) and STRUCTURE.isdisjoint(words)
+
+    cells = map(split_path, table.columns[match.column])
+    pairs = [(cell[0], os.path.dirname(path)) for path, cell in zip(match.paths, cells) if path]
+    pairs = [(os.path.basename(wanted), os.path.basename(there)) for wanted, there in pairs]
+    kinds = {re.sub(r"\d", "", stem(os.path.basename(path))) for path in match.paths if path}
+    numbered = len(kinds) == 1 < match.distinct
+    differ = all(name_key(a).casefold() != name_key(b).casefold() for a, b in pairs)
+    if numbered and differ and all(speaks(a) and speaks(b) for a, b in pairs):
+        what = f"its sounds are in {pairs[0][0]!r}, which is not here, as if {pairs[0][1]!r} were it"
+        raise UserError(f"{table.path}: {what}; rename the folder, or say so by --files {match.column}")
 
 
 def check_quotes(table: Table, match: Match):
@@ -1173,6 +1267,16 @@ NAME_WORDS = re.compile(
 )
 
 
+def with_folders(table: Table) -> Table:
+    """Where a column of folders stands beside one of names of files, these with their folders."""
+    folders = [name for name in table.columns if re.fullmatch("(sub_?)?(folder|dir|directory)", family(name))]
+    columns = dict(table.columns)
+    for name, cells in table.columns.items() if len(folders) == 1 else ():
+        if all(isinstance(cell, str) and stem(cell) != cell and "/" not in cell for cell in cells):
+            columns[name] = [f"{above}/{cell}" for above, cell in zip(table.columns[folders[0]], cells)]
+    return replace(table, columns=columns)
+
+
 def is_row(table: Table, match: Match) -> bool:
     """Is the header a row? Then the column of files is called as a sound of which there is no row, and no
     other column is called as such columns are."""
@@ -1186,7 +1290,7 @@ def is_row(table: Table, match: Match) -> bool:
 def table_entries(path: str, flags: Flags, notes: list) -> list[Entry]:
     """The entries of a table; what is left out, and why, goes to notes."""
     try:
-        table = read_table(path, notes)
+        table = with_folders(read_table(path, notes))
         match = find_files(table, flags.files)
     except NoSounds as error:
         lines = [NAME_WORDS.fullmatch(line) for line in read_text(path, []).split("\n") if line.strip()]
@@ -1202,6 +1306,9 @@ def table_entries(path: str, flags: Flags, notes: list) -> list[Entry]:
         table = Table(path, {str(i): [name, *cells] for i, (name, cells) in rows}, table.delimiter)
         match = find_files(table, None)
     check_quotes(table, match)
+    if not flags.files:
+        check_numbers(table, match)
+        check_folders(table, match)
     if not flags.words:
         check_moments(table, match)
     return join_rows(table, match, flags, notes)
@@ -1249,6 +1356,7 @@ def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Ent
     classes = [name for name in captions + tags if re.fullmatch(CLASSES, family(name))]
     if len(classes) > 1 and family(classes[0]) == family(classes[1]):  # label_1, label_2
         classes = []
+    rejected = rejected_rows(table, {match.column, split, *captions, *tags})
     entries: dict[str, Entry] = {}
     by_tags = 0
     media = {os.path.basename(path): path for path in match.sounds.media}
@@ -1260,6 +1368,9 @@ def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Ent
             unreadable = media.get(split_path(cell)[1])
             missing = (UNREADABLE, unreadable) if unreadable else ("no such sound", str(cell))
             notes.append(("no words", path) if sound else missing)
+            continue
+        if i in rejected:
+            notes.append(("marked as rejected", path))
             continue
         by_tags += bool(captions and not spoken)
         if path not in entries:
@@ -1282,10 +1393,30 @@ def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Ent
 
 # Folders: words beside each sound, a table inside, or folders that are classes.
 
+BESIDE = (".caption", ".txt", ".json")  # what is read beside a.wav as a.txt or a.wav.txt
+
 METADATA = re.compile(r"(^|/)metadata\.\w+$")  # Hugging Face: a table of the folder that it lies in
 
 # When an event begins and ends: as Audacity writes it, or as two numbers of samples.
-MOMENT = re.compile(r"(\d+[.,]\d+\s+\d+[.,]\d+|\d+\t\d+|0\s+\d{4,})\s+")
+MOMENT = re.compile(r"(\d+[.,]\d+\s+\d+[.,]\d+|\d+\t\d+|0\s+\d{4,}|\[[\d:.,]+ --> [\d:.,]+\])\s+")
+
+# 'Title: rain at night', or 'Rain 0.85' as a classifier writes it.
+NAMED_LINE = re.compile(r"([^\W\d_][\w ]{0,20}?)\s*(?:[:=]\s+|[:=]?\s*(?=\d*\.\d+$))(.+)")
+
+
+def text_row(text: str, name: str) -> dict:
+    """The cells in a text beside the sound of this name: captions, what events are called, or named lines."""
+    own_name = rf"({re.escape(name)}|{re.escape(stem(name))})\s*[|\t:,]\s*"
+    lines = [re.sub(own_name, "", line, count=1, flags=re.IGNORECASE) for line in text.split("\n") if line]
+    named = [NAMED_LINE.fullmatch(line) for line in lines]
+    if lines and all(MOMENT.match(line) for line in lines):
+        events = [MOMENT.sub("", line, count=1) for line in lines]
+        return {"captions of events": [] if any("\t" in event for event in events) else events}
+    if any(line.count("\t") > 1 or re.match(r"\d+(\.\d+)?[,;|]\s*\d", line) for line in lines):
+        return {}  # a table is no caption
+    if all(named) and len({match[1] for match in named}) == len(named) > 1:
+        return {match[1]: match[2] for match in named}
+    return {"caption": list(filter(is_words, lines)) or lines} if lines else {}
 
 
 def places_of_texts(path: str) -> list[tuple]:
@@ -1297,30 +1428,25 @@ def places_of_texts(path: str) -> list[tuple]:
 
 
 def beside_table(sounds: Sounds, paths: list[str], notes: list) -> Table:
-    """A row for each sound: what a .txt (a caption a line) or .json of its name says that lies beside it, or
+    """A row for each sound: what a text (a caption a line) or .json of its name says that lies beside it, or
     in a folder of texts beside that of sounds."""
     rows, texts = [], {}
     for path in sounds.others:
-        keys = places_of_texts(path) if kind_of(path) in (".txt", ".json") else []
+        keys = places_of_texts(path) if kind_of(path) in BESIDE else []
         elsewhere = kind_of(path) == ".txt" and not sounds.sizes[os.path.dirname(path)]
         texts |= dict.fromkeys(keys if elsewhere else keys[:1], os.path.join(sounds.root, path))
 
     def text_of(path: str, kind: str) -> str:
         """The text of this kind that belongs to a sound, or ''."""
-        found = [texts[key] for key in places_of_texts(stem(path) + kind) if key in texts]
+        names = (stem(path) + kind, path + kind)
+        found = [texts[key] for name in names for key in places_of_texts(name) if key in texts]
         return read_text(found[0], notes) if found else ""
 
     for path in paths:
         row = {"path": path}
         try:
-            lines = text_of(path, ".txt").split("\n")
-            if any(lines) and all(MOMENT.match(line) for line in lines if line):
-                events = [MOMENT.sub("", line, count=1) for line in lines]
-                row["captions of events"] = [] if any("\t" in event for event in events) else events
-            elif any(lines) and not any(line.count("\t") > 1 for line in lines):  # a table is no caption
-                row["caption"] = lines
-            elif data := text_of(path, ".json"):
-                row |= json.loads(data)
+            said = text_row(text_of(path, ".caption") or text_of(path, ".txt"), os.path.basename(path))
+            row |= said or json.loads(text_of(path, ".json") or "{}")
         except (UserError, ValueError, TypeError) as why:
             notes.append(("the text beside it cannot be read", f"{path} ({why})"))
         rows.append(row)
@@ -1356,7 +1482,7 @@ def class_names(paths: list[str]) -> list[str]:
     def named(folder: str) -> str:
         words = pseudo_sentence(name_key(os.path.basename(folder))).split()
         spoken = [word for word in words if not re.search(r"\d", word) and word not in STRUCTURE]
-        is_class = is_words(os.path.basename(folder).replace("_", " ")) and spoken
+        is_class = is_words(re.sub("[_.]", " ", os.path.basename(folder))) and spoken
         return " ".join(words) if is_class and folder not in no_classes else ""
 
     names = {folder: named(folder) for path in paths for folder in folders_of(path)}
@@ -1488,7 +1614,7 @@ def refuse_unread_words(sounds: Sounds, paths: list[str], others: list[str], cla
         raise UserError(f"{sounds.root}: {own[0]} holds no caption that can be read; write one, or a table")
     for path in sounds.others:
         dots = [dot.start() for dot in re.finditer(r"\.", path)]
-        if kind_of(path) in (".txt", ".json"):
+        if kind_of(path) in BESIDE:
             dots.pop()  # a.txt beside a.wav has been read
         if kind_of(path) in TEXTS and not stems.isdisjoint(path[:dot].casefold() for dot in dots):
             what = f"{path} lies beside a sound, but is not read"
@@ -1563,7 +1689,9 @@ def described_entries(sounds: Sounds, flags: Flags, notes: list) -> list[Entry]:
         if not entries:
             return class_entries(sounds, paths, others, classes, flags, notes)
         # Words for a few sounds only may be about something else, such as the sounds that are damaged.
-        if 2 * len(entries) < len(paths) and all(classes) and several:
+        known = {entry.path for entry in entries}
+        silent = [name for path, name in zip(paths, classes) if os.path.join(folder, path) not in known]
+        if 2 * len(entries) < len(paths) and all(silent) and several:
             what = f"there are words for {len(entries)} of {len(paths)} sounds"
             advice = "give their table or folder as the source, or move them elsewhere"
             raise UserError(f"{folder}: {what}, but folders are called like classes; {advice}")

@@ -257,6 +257,10 @@ TABLES_OF_BOTH = [  # columns of any name, any delimiter, comments, blanks, no h
     '{"a.wav": "rain falls", "b.wav": ["wind blows"]}',
     '{"a": "rain falls", "b": "wind blows"}',
     '{"a": {"title": "a.wav", "text": "rain falls"}, "b": {"title": "x", "text": "wind blows"}}',
+    '{"columns": ["file", "text"], "data": [["a.wav", "rain falls"], ["b.wav", "wind blows"]]}',
+    '{"train": {"a.wav": "rain falls"}, "test": {"b.wav": "wind blows"}}',
+    "My sounds,,\nfile,caption,\na.wav,rain falls,\nb.wav,wind blows,\n",
+    "folder,file,caption\n.,a.wav,rain falls\n.,b.wav,wind blows\n",
     '[{"x": {"path": "a.wav"}, "text": "rain falls"}, {"x": {"path": "b.wav"}, "text": "wind blows"}]',
 ]
 TABLES_OF_ONE = {  # what is read for a.wav
@@ -292,6 +296,13 @@ TABLES_OF_ONE = {  # what is read for a.wav
     "file,transcript,sound_description\na.wav,hello,rain <br>falls\n": ["rain falls"],
     "file,label\na.wav,002_Boeing 747\n": ["boeing 747"],
     "file,caption\na.wav,#REF!\na.wav,rain\n": ["rain"],
+    'file,caption\na.wav,"she says \\"hello, you\\""\n': ['she says "hello, you"'],
+    "file,true_caption,false_caption\na.wav,rain falls,wind blows\n": ["rain falls"],
+    "file,query,response\na.wav,what is heard?,rain falls\n": ["rain falls"],
+    "file,label\na.wav,CarHorn\nb.wav,TVNoise\n": ["car horn"],
+    "file,caption,exclude\na.wav,rain falls,\nb.wav,wind blows,x\n": ["rain falls"],
+    "file,caption,is_valid\na.wav,rain falls,True\nb.wav,wind blows,False\nc.wav,hail,True\n": ["rain falls"],
+    "file,caption,review_status\na.wav,rain falls,done\nb.wav,wind blows,Rejected\n": ["rain falls"],
     ",path,fold\n0,a.wav,rain falls\n": ["rain falls"],
     "file,label_1,label_2\na.wav,rain,old_dog\n": ["rain old dog"],
     "file,species,description\na.wav,crow,\nb.wav,owl,of mine\nc.wav,tit,\n": ["crow"],
@@ -318,6 +329,7 @@ REFUSED_TABLES = {
     b"PAR1\0\0\0": "not text",
     "path,caption\na_long_name.wav,идёт дождь\nb.wav,ветер\n".encode("cp1251"): "UTF-8",
     "path,caption\na.wav,trzask drzwi w łazience\n".encode("cp1250"): "UTF-8",
+    "path,caption\na.wav,une forêt\n".encode("mac_roman"): "UTF-8",
     "path,place,celsius\na.wav,Zilker Park,12\nb.wav,Lake Ella,13\n": "--words",
     "file_name, caption\nclip_1.wav, rain falls\nclip_2.wav, wind blows\n": "of 'file_name', 'caption'",
 }
@@ -461,6 +473,8 @@ x train test -> train val              | is_test 0 1 -> train val          | spl
 Menge Training Validierung -> train val | split tr tt -> train val          | Set dev testen -> train val
 fold 1.0 2.0 -> - val                  | fold 5 5 -> - -                   | split fold9 fold10 -> - val
 train True False -> train val          | is_valid 1 1 -> - -               | is_valid 0 1 -> train val
+set trn tst -> train val               | x trainset testset -> train val   | in_test_set no yes -> train val
+x held-out training -> val train       | x Trainingsdaten Testdaten -> train val | eval 4 1 -> - -
 """  # a column's name and two of its cells
 FOLDERS = [
     ("", ["train/dog/1.wav", "test/dog/1.wav"], ["val", "train"]),
@@ -474,6 +488,8 @@ FOLDERS = [
     ("", ["entraînement/chien/1.wav", "validation/chien/2.wav"], ["train", "val"]),
     ("", ["tr/dog/1.wav", "tt/dog/2.wav", "cv/dog/3.wav"], ["val", "train", "val"]),
     ("", ["de/a/1.wav", "te/a/1.wav", "tr/a/1.wav"], ["", "", ""]),  # languages
+    ("", ["TrainSet/dog/1.wav", "TestSet/dog/2.wav"], ["val", "train"]),
+    ("", ["test recordings/dog/1.wav"], [""]),
 ]
 
 
@@ -505,6 +521,8 @@ def test_headers_that_are_rows_lost_zeros_remarks_and_marks_are_told_from_what_i
 
     two = {"clip_0": ["a dog"], "clip_1": ["a cat"]}
     assert read(two, "clip_0,a dog\nclip_1,a cat\n") == two
+    two = {"clip_0": ["a dog, far off"], "clip_1": ["a cat, near by"]}
+    assert read(two, "clip_0|a dog, far off|\nclip_1|a cat, near by|\n") == two
     two = {"dog": ["it barks"], "cat": ["it meows"]}
     assert read(two, "dog,it barks\ncat,it meows\n") == two
     assert read([*two, "sound"], "sound,text\ndog,it barks\ncat,it meows\n") == two
@@ -691,6 +709,40 @@ def test_sounds_of_a_format_that_is_not_read_are_told(tmp_path):
     assert log.count("b.m4a") == 1 and "a.m4a" not in log  # which is the sound in another format
     log = read(tmp_path / "classes", ["bed/a.wav", "cat/a.wav"], {"bed/a.m4a": "x", "cat/c.m4a": "x"}, "")[2]
     assert log.count("c.m4a") == 1 and "a.m4a" not in log
+
+
+TEXTS = {  # beside a.wav, and what is read
+    "Title: take 1\nDescription: rain falls\nLicense: CC0\n": ["rain falls"],
+    "a.wav|rain falls\n": ["rain falls"],
+    "[00:00.000 --> 00:01.000]  rain falls\n": ["rain falls"],
+    "rain falls\n\nhttps://x.org/1\nCC-BY 4.0\n": ["rain falls"],
+    "it says: no\nrain falls": ["it says: no", "rain falls"],
+}
+NO_CAPTIONS = ["Dog 0.85\nRain 0.11\n", "onset,offset,event\n0.1,0.2,dog\n", "{\\rtf1 rain falls}"]
+
+
+def test_a_text_beside_a_sound_may_name_its_lines_and_may_be_no_caption(tmp_path):
+    for name in ("a.txt", "a.wav.txt", "a.caption"):
+        for i, (text, captions) in enumerate(TEXTS.items()):
+            assert read(tmp_path / f"{name}{i}", ["a.wav"], {name: text}, "")[0] == {"a.wav": captions}
+    for i, text in enumerate(NO_CAPTIONS):
+        assert "no caption that can be read" in refusal(tmp_path / str(i), ["a.wav"], {"a.txt": text}, "")
+
+
+def test_numbers_are_no_names_where_a_table_gives_others_and_dogs_are_not_taken_for_cats(tmp_path):
+    tables = {"sounds.csv": "id,file\n1,2.wav\n2,1.wav\n", "words.csv": "sound,caption\n1,rain\n2,wind\n"}
+    assert "sounds.csv gives other numbers" in refusal(tmp_path, ["1.wav", "2.wav"], tables, "words.csv")
+    assert "which column holds captions" in refusal(tmp_path, [], {}, "")
+    sounds, table = ["dogs/0.wav", "dogs/1.wav"], "file,caption\ncats/0.wav,a cat\ncats/1.wav,a tomcat\n"
+    assert "'cats', which is not here" in refusal(tmp_path / "cats", sounds, table)
+    assert len(read(tmp_path / "cats", sounds, table, files="file")[0]) == 2
+    renamed = table.replace("cats", "D:/work/wav")  # says nothing of what sounds
+    assert len(read(tmp_path / "renamed", sounds, renamed)[0]) == 2
+    two = "folder,file,caption\ncity,1.wav,traffic\nforest,1.wav,birds\n"
+    found = read(tmp_path / "two", ["city/1.wav", "forest/1.wav"], two)[0]
+    assert found == {"city/1.wav": ["traffic"], "forest/1.wav": ["birds"]}
+    case = "file,caption\nA,rain falls\na,wind blows\n"
+    assert read(tmp_path / "case", ["A.wav", "a.wav"], case)[0]["A.wav"] == ["rain falls"]
 
 
 def test_texts_may_lie_in_a_folder_beside_that_of_sounds(tmp_path):
