@@ -211,9 +211,10 @@ OTHER_MEDIA |= {".amr", ".ape", ".wv", ".3gp", ".mka", ".m4b", ".ac3", ".dts", "
 UNREADABLE = "not read; ffmpeg -i X.m4a X.wav makes such files readable"
 MEDIA = tuple(AUDIO | OTHER_MEDIA)
 NO_TABLE = "a table that names no sound here, or is not understood"
-TABLES = {".csv", ".tsv", ".json", ".jsonl", ".ndjson"}
+TABLES = {".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".jl"}
+LISTS = {".txt", ".lst", ".list"}  # tables, lists of names, or notes
 TEXTS = {".txt", ".lab", ".json", ".srt", ".vtt", ".textgrid", ".jams", ".eaf"}
-TEXTS |= {".xml", ".md", ".yaml", ".yml", ".caption", ".cls"}
+TEXTS |= {".xml", ".md", ".yaml", ".yml", ".caption", ".cls", ".ann", ".m3u", ".m3u8", ".htm", ".html"}
 SHEETS = {".parquet", ".arrow", ".feather", ".xlsx", ".xls", ".ods", ".numbers", ".db", ".sqlite"}
 NO_TABLES = SHEETS | set(".pkl .yaml .yml .tar .tgz .zip .docx .doc .odt .rtf .pdf".split())
 
@@ -1061,9 +1062,11 @@ def rank_words(table: Table, taken: set) -> dict[str, int]:
     one of a known name does not."""
     ranks = {}
     answered = any(re.fullmatch(ANSWERED, family(name)) for name in table.columns.keys() - taken)
+    quizzed = "question" in map(family, table.columns)  # then 'category' is one of questions
     animals = len(RANKS.intersection(map(family, table.columns))) > 1
     for name, cells in table.columns.items():
         asked = answered and re.fullmatch(ASKED, family(name))
+        asked = asked or (quizzed and re.fullmatch("category|type|task", family(name)))
         if name in taken or asked or re.fullmatch(ABOUT, family(name)) or not holds_words(cells):
             continue
         known = [] if animals and family(name) == "class" else PATTERNS
@@ -1486,7 +1489,16 @@ def class_names(paths: list[str]) -> list[str]:
         return " ".join(words) if is_class and folder not in no_classes else ""
 
     names = {folder: named(folder) for path in paths for folder in folders_of(path)}
-    chains = [[names[folder] for folder in reversed(folders_of(path)) if names[folder]] for path in paths]
+
+    def names_above(path: str) -> list[str]:
+        """The classes that a sound lies in, the deepest first; below 'unknown' there are none."""
+        folders = itertools.takewhile(
+            lambda folder: not re.fullmatch(rf"{MISSING}|unknown|unlabell?ed", os.path.basename(folder)),
+            reversed(folders_of(path)),
+        )
+        return list(filter(None, map(names.get, folders)))
+
+    chains = list(map(names_above, paths))
     above = collections.defaultdict(set)  # {the deepest name: the names above it}
     for deepest, *others in filter(None, chains):
         above[deepest] |= set(others[:1])
@@ -1515,7 +1527,7 @@ def listed_splits(sounds: Sounds, notes: list) -> tuple[dict[str, str], set[str]
     A list holds a name in each line and nothing else, or is called splits.csv and has no words. What none
     names trains, unless one says what does. Of fold1_test.txt, fold2_test.txt and so on the first counts."""
     splits, lists, first = {}, set(), {}
-    files = [path for path in sounds.others if kind_of(path) in TABLES | {"", ".txt", ".lst"}]
+    files = [path for path in sounds.others if kind_of(path) in TABLES | LISTS | {""}]
     for path in files:
         if kind_of(path) in TABLES and re.search("split|partition|fold", os.path.basename(path).lower()):
             if said := table_of_splits(os.path.join(sounds.root, path)):
@@ -1551,7 +1563,7 @@ def tables_entries(folder: str, tables: list[str], classes: bool, flags: Flags, 
             failed[path] = error
     for path, error in failed.items():
         other = isinstance(error, NoSounds) or (classes and isinstance(error, NoWords))
-        other = other or kind_of(path) == ".txt"  # such as notes
+        other = other or kind_of(path) in LISTS  # such as notes
         if not other and (not read or split_word(path)):
             raise error
         notes.append((NO_TABLE, f"{path} ({error})"))
@@ -1620,7 +1632,7 @@ def refuse_unread_words(sounds: Sounds, paths: list[str], others: list[str], cla
             what = f"{path} lies beside a sound, but is not read"
             raise UserError(f"{sounds.root}: {what}; write what it says into a .txt called as the sound")
     texts = [path for path in others if not re.search(NO_WORDS_IN, path.lower())]
-    texts = [path for path in texts if kind_of(path) in TEXTS | TABLES | NO_TABLES]
+    texts = [path for path in texts if kind_of(path) in TEXTS | TABLES | LISTS | NO_TABLES]
     near = [path for path in texts if kind_of(path) in TEXTS and os.path.dirname(path) in sounds.sizes]
     most = 2 * len(set(map(os.path.dirname, near))) > len(sounds.sizes)  # of the folders with sounds have one
     if most or (texts and len(set(classes)) == 1):
@@ -1636,7 +1648,7 @@ def refuse_unread_words(sounds: Sounds, paths: list[str], others: list[str], cla
         if kind_of(path) in SHEETS:
             what = f"{path} is not read, and may say more than the names of folders"
             raise UserError(f"{sounds.root}: {what}; save it as CSV, or move it away")
-        if kind_of(path) not in TABLES | {".txt", ".lst"}:
+        if kind_of(path) not in TABLES | LISTS:
             continue
         if split_word(name) or "split" in name:  # testing_list.txt
             listed_names = map(name_key, re.split(r"[\s,;|\"'/\\]+", read_text(full, [])))
@@ -1671,7 +1683,7 @@ def described_entries(sounds: Sounds, flags: Flags, notes: list) -> list[Entry]:
     notes += [("the same clip in another format", path) for path in sorted(set(sounds.paths) - set(paths))]
     described = set(map(stem, paths))
     others = [path for path in sounds.others if os.path.splitext(path)[0] not in described]
-    tables = [path for path in others if kind_of(path) in TABLES | {".txt"}]
+    tables = [path for path in others if kind_of(path) in TABLES | LISTS]
     tables = [path for path in tables if not re.search(NO_WORDS_IN, path.lower())]
     metadata = [path for path in tables if METADATA.search(path)]
     entries = tables_entries(folder, metadata, False, flags, notes)
@@ -1706,7 +1718,7 @@ def class_entries(
 ) -> list[Entry]:
     """The entries of a folder in which nothing but the names of folders, `classes`, says what sounds."""
     refuse_unread_words(sounds, paths, others, classes)
-    told = {path for path in others if kind_of(path) in TABLES | {".txt"}}
+    told = {path for path in others if kind_of(path) in TABLES | LISTS}
     unread = [path for path in sounds.others if kind_of(path) not in OTHER_MEDIA and path not in told]
     notes += [("not understood", path) for path in unread]
     if not any(classes):

@@ -323,6 +323,7 @@ REFUSED_TABLES = {
     "Start (s),End (s),Common name,Confidence,File\n0,3,Barred Owl,0.9,a.wav\n": "moments",
     "path,dog,rain\na.wav,0,1\nb.wav,1,0\n": "names of the columns with 1",
     "path,what,where\na.wav,rain,here\nb.wav,wind,there\n": "--words",
+    "path,question,answer,category\na.wav,what falls?,rain,logic\nb.wav,what blows?,wind,recall\n": "--words",
     "path,foo,number\na.wav,rain,1\nb.wav,wind,2\n": "--words",
     '{"audio": [{"file": "a.wav"}], "categories": [{"name": "dog"}]}': "several tables",
     '[{"x": "a.wav", "a": [{"r": [{"value": {"start": 0.1, "labels": ["dog"]}}]}]}]': "moments",
@@ -393,8 +394,9 @@ def test_words_that_lie_unread_beside_class_folders_are_refused(tmp_path):
     assert captions == {"bed/a.wav": ["big bark", "rain"], "cat/b.wav": ["wind"]}
     text = dict.fromkeys(["bed/a.csv", "cat/b.csv"], "description,rate\nrain falls,3\n")
     assert "bed/a.csv" in refusal(tmp_path / "tables", sounds, text, "")
-    text = {"birds.csv": "rec,species\n1,owl\n2,jay\n"}
-    assert "birds.csv is not read" in refusal(tmp_path / "one", ["bird set/1_x.wav"], text, "")
+    for name in ("birds.csv", "birds.list", "birds.html"):
+        text = {name: "rec,species\n1,owl\n2,jay\n"}
+        assert f"{name} is not read" in refusal(tmp_path / name, ["bird set/1_x.wav"], text, "")
     assert "left out, not understood: my.zip" in read(tmp_path / "named", sounds, {"my.zip": "x"}, "")[2]
 
 
@@ -762,6 +764,8 @@ def test_a_class_that_lies_in_several_is_named_with_them(tmp_path):
     sounds = ["fan/id_00/normal/1.wav", "pump/id_02/normal/2.wav"]
     captions = [caption for [caption] in read(tmp_path / "machines", sounds, {}, "")[0].values()]
     assert sorted(captions) == ["fan normal", "pump normal"]
+    captions, _, log = read(tmp_path / "coughs", ["coughs/cough/1.wav", "coughs/unknown/2.wav"], {}, "")
+    assert captions == {"coughs/cough/1.wav": ["cough"]} and "no words: " in log
     sounds = ["set-a/1.wav", "set-b/2.wav"]
     assert "no words" in refusal(tmp_path / "parts", sounds, {}, "")
 
