@@ -8,7 +8,7 @@ quantization, EnCodec (2210.13438) for the discriminator and the balancer.
 Trained by `train_codec.py`; this file needs PyTorch and NumPy alone and can be copied into another project.
 
 Every tensor between layers is (B, T, C): channels last is three times faster on a CPU with AVX-512.
-What differs from the paper, and why, stands in README.md.
+README.md lists what differs from the paper, and why.
 
 Letters: B batch, T samples, F frames, C channels, D latent size, K streams, V codes in a codebook.
 """
@@ -34,7 +34,7 @@ NOISE_FLOOR = 2**-13  # -78 dB, four steps of a 16-bit file: decoded samples are
 
 
 class CodecError(ValueError):
-    """An error that the user can mend: a wrong setting, a file that is not a checkpoint."""
+    """An error that the user can fix: a wrong setting, a file that is not a checkpoint."""
 
 
 @dataclass
@@ -104,7 +104,7 @@ class ConvTranspose(nn.ConvTranspose2d):
 class ResidualUnit(nn.Module):
     """(B, T, C) -> (B, T, C): two convolutions and a skip.
 
-    The norm stands inside the branch: on the skip it would take away how loud the sound is."""
+    The norm is inside the branch: on the skip path it would erase how loud the sound is."""
 
     def __init__(self, c: int):
         super().__init__()
@@ -117,7 +117,9 @@ class ResidualUnit(nn.Module):
 
 
 class LSTM(nn.LSTM):
-    """Two layers over time with a skip. It looks back only, so that a stream can be decoded in pieces."""
+    """A two-layer LSTM over time, (B, T, C) -> (B, T, C), with a skip connection.
+
+    It runs forwards only, so that a stream of codes can be decoded piece by piece."""
 
     def __init__(self, c: int):
         super().__init__(c, c, num_layers=2, batch_first=True)
@@ -185,13 +187,13 @@ class VectorQuantizer(nn.Module):
         embed_sum    = decay * embed_sum    + (1 - decay) * (the sum of these vectors)
         embed        = embed_sum / cluster_size
 
-    The decay starts at 0.1 and grows to `decay` in 891 steps: a young encoder moves its latents faster than
-    an average over a hundred steps can follow. With `decay` from the start the codes are left behind
-    (perplexity after 54 steps 3 of 512, instead of 149).
+    The decay grows from 0.1 to `decay` over the first 891 steps: early in training the latents move faster
+    than an average over a hundred steps can follow. With a constant `decay` the codes lag behind (after 54
+    steps the perplexity was 3 of 512 codes, instead of 149).
 
-    A code whose cluster_size is below `dead_code_threshold` times the mean is dead, and moves to a random
-    vector of the batch. It restarts at twice the threshold: if nothing chooses it there, it is found dead
-    again within 70 steps (2 * .99^69 = 1)."""
+    A code is dead if its cluster_size is below `dead_code_threshold` times the mean. It is then moved to a
+    random vector of the batch, and its cluster_size set to twice the threshold: if no vector chooses it
+    there, it is dead again within 70 steps (2 * .99^69 = 1)."""
 
     decay = 0.99
     dead_code_threshold = 0.1
@@ -202,7 +204,7 @@ class VectorQuantizer(nn.Module):
         self.embed_sum = nn.Buffer(self.embed.clone())  # (V, D)
         self.cluster_size = nn.Buffer(torch.ones(codebook_size))  # (V,)
         self.steps, self.inited = nn.Buffer(torch.tensor(0.0)), nn.Buffer(torch.tensor(False))
-        self.is_inited = False  # `inited` as Python knows it: no wait for the GPU at every step
+        self.is_inited = False  # a copy of `inited` in Python: reading the buffer would wait for the GPU
 
     def nearest(self, x):
         """(N, D) to the index of the nearest code (N,); |x|^2 is the same for all codes and left out."""
@@ -242,7 +244,7 @@ class VectorQuantizer(nn.Module):
         self.inited.fill_(True)
 
     def update(self, x, index):
-        """One step of the averages; only then are dead codes replaced, so that they stay replaced."""
+        """One step of the averages. Dead codes are replaced after it, or it would move them back."""
         counts, sums = self.count(x, index)
         self.steps += 1
         weight = 1 - torch.clamp(self.steps / (9 + self.steps), max=self.decay)
@@ -257,16 +259,15 @@ class VectorQuantizer(nn.Module):
         dead = self.cluster_size < threshold  # (V,)
         self.cluster_size.copy_(torch.where(dead, 2 * threshold, self.cluster_size))
         self.embed.copy_(torch.where(dead[:, None], self.random_vectors(x), self.embed))
-        self.embed_sum.copy_(
-            torch.where(dead[:, None], self.embed * self.cluster_size[:, None], self.embed_sum)
-        )
+        new_sum = self.embed * self.cluster_size[:, None]
+        self.embed_sum.copy_(torch.where(dead[:, None], new_sum, self.embed_sum))
 
     @torch.no_grad()
     def forward(self, x, update: bool = True):
         """(N, D) to quantized (N, D) and index (N,); in training mode the codebook may then learn from x."""
         update = update and self.training
         if update:
-            x = torch.nan_to_num(x, 0, 0, 0)  # one bad step must not stay in the averages for ever
+            x = torch.nan_to_num(x, 0, 0, 0)  # a single NaN would stay in the averages for ever
             if not self.is_inited:
                 if not self.inited:
                     self.kmeans_init(x)
@@ -291,9 +292,9 @@ class ResidualVQ(nn.Module):
         """z (B, F, D) -> z_q (B, F, D) with straight-through gradient, codes (B, K, F), commitment loss ().
 
         The commitment loss is the mean over codebooks, vectors and dimensions of (residual - quantized)^2.
-        `quantized` carries no gradient, so `residual` keeps z's and every codebook pulls on the encoder. With
-        straight-through inside the loop, residuals would lose it, and the first codebook alone would pull.
-        All in float32: squared distances of nearby vectors drown in the rounding of 16-bit floats."""
+        `quantized` has no gradient, so every residual has that of z: all codebooks train the encoder. With
+        the straight-through estimator inside the loop, the residuals after the first would have none.
+        Everything is in float32: in 16 bits, rounding hides the differences between similar distances."""
         B, n_frames, D = z.shape
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
@@ -326,8 +327,8 @@ class Codec(nn.Module):
         self.encoder = Encoder(cfg)
         self.quantizer = ResidualVQ(cfg.streams, cfg.codebook_size, cfg.dim)
         self.decoder = Decoder(cfg)
-        # Biases start at 0. PyTorch draws them at random, louder than most sounds: after the LayerNorm all
-        # frames then look alike, and the decoder learns to do without them (after 100 steps 9 to 42 % of each
+        # Biases start at 0. PyTorch's random ones are larger than most sounds: after the LayerNorm all frames
+        # would look alike, and the decoder would learn to ignore them (after 100 steps 9 to 42 % of each
         # codebook were in use, instead of 83 to 95 %).
         for name, parameter in self.named_parameters():
             if "bias" in name:
@@ -336,9 +337,7 @@ class Codec(nn.Module):
     def latents(self, wave):
         """Wave (B, T) to z (B, F, D), F = ceil(T / hop): the end is padded with silence to a whole frame."""
         if wave.dim() != 2:
-            raise CodecError(
-                f"expected waves (B, T), got {tuple(wave.shape)}: of a single one, give wave[None]"
-            )
+            raise CodecError(f"expected waves (B, T), got {tuple(wave.shape)}: for one wave, give wave[None]")
         wave = F.pad(wave, (0, -wave.shape[1] % self.cfg.hop))
         return self.encoder(wave[:, :, None])
 
@@ -350,7 +349,7 @@ class Codec(nn.Module):
 
     @torch.no_grad()
     def encode(self, wave):
-        """Wave (B, T) in [-1, 1] at 16 kHz to codes (B, K, F) int64, F = ceil(T / hop). Never learns."""
+        """Wave (B, T) in [-1, 1] at 16 kHz to codes (B, K, F) int64, F = ceil(T / hop). Never trains."""
         with torch.autocast(wave.device.type, enabled=False):
             return self.quantizer(self.latents(wave), update=False)[1]
 
@@ -394,9 +393,9 @@ class Codec(nn.Module):
                 x, x_past = x[:, max(ready - margin, 0) :], min(ready, margin)
 
     def hash(self) -> str:
-        """A fingerprint of what makes the codes: encoder and codebooks.
+        """A fingerprint of encoder and codebooks, which decide what the codes mean.
 
-        A language model remembers whose codes it learnt; the decoder may be trained further without it."""
+        A language model remembers its codec's hash. Training the decoder alone does not change it."""
         digest = hashlib.sha256(repr(sorted(asdict(self.cfg).items())).encode())
         for name, tensor in sorted(self.state_dict().items()):
             if name.startswith("encoder") or name.endswith("embed"):
@@ -449,8 +448,8 @@ def hann_window(n_fft: int, device: torch.device):
 
 def stft(wave, n_fft: int):
     """Wave (B, T) to its complex spectrum (B, n_fft / 2 + 1, frames), hop a quarter of the window."""
-    options = {"window": hann_window(n_fft, wave.device), "pad_mode": "constant", "return_complex": True}
-    return torch.stft(wave, n_fft, n_fft // 4, **options)
+    window = hann_window(n_fft, wave.device)
+    return torch.stft(wave, n_fft, n_fft // 4, window=window, pad_mode="constant", return_complex=True)
 
 
 def mel_filters(n_fft: int, n_mels: int):
@@ -538,8 +537,8 @@ class DiscriminatorSTFT(nn.Module):
         self.n_fft = n_fft
         self.convs = nn.ModuleList([Conv2d(2, filters, (3, 8), padding=(1, 4))])
         for dilation in (1, 2, 4):  # the paper's 3 x 8 with stride 2, see `fold`
-            kernel = {"kernel_size": (3, 4), "dilation": (dilation, 1), "padding": (dilation, 2)}
-            self.convs.append(Conv2d(2 * filters, filters, **kernel))
+            layer = Conv2d(2 * filters, filters, (3, 4), dilation=(dilation, 1), padding=(dilation, 2))
+            self.convs.append(layer)
         self.convs.append(Conv2d(filters, filters, (3, 3), padding=(1, 1)))
         self.conv_post = Conv2d(filters, 1, (3, 3), padding=(1, 1))
 
@@ -594,11 +593,11 @@ class Balancer(nn.Module):
 
         g = sum_i  w_i / (sum_j w_j) * g_i / max(||g_i||, <||g_i||>)      for every clip
 
-    g_i is the gradient of loss i at a clip's output, ||.|| its norm (times B, since losses are means over
-    the batch), <.> the mean over clips and a moving average over steps, corrected for its start.
-    The maximum is ours: a clip below the average pulls less, and none pulls harder. The slope of a logarithm
-    is one over loudness: without the maximum, a few nearly silent clips would have most of the gradient.
-    The averages are buffers: they belong in the checkpoint."""
+    g_i is the gradient of loss i with respect to one clip's output, ||.|| its norm (times B, since losses are
+    means over the batch), <.> the mean over clips and a moving average over steps, bias-corrected as in Adam.
+    The maximum is ours (EnCodec divides by the average): no clip's gradient exceeds the loss's share.
+    Nearly silent clips would otherwise dominate, for the slope of a logarithm is one over the magnitude.
+    The averages are buffers, so that checkpoints hold them."""
 
     def __init__(self, names, decay: float = 0.999):
         super().__init__()
@@ -669,6 +668,5 @@ def perplexity(counts) -> float:
 
 def code_counts(codes, codebook_size: int):
     """Codes (B, K, F) -> for each stream how often each of its codes was used (K, V)."""
-    return torch.stack(
-        [torch.bincount(s.flatten(), minlength=codebook_size) for s in codes.unbind(1)]
-    ).float()
+    counts = [torch.bincount(stream.flatten(), minlength=codebook_size) for stream in codes.unbind(1)]
+    return torch.stack(counts).float()

@@ -56,9 +56,9 @@ SILENCE = 1e-3  # a sound whose peak is below this (-60 dB of full scale) teache
 
 
 class UserError(ValueError):
-    """What whoever typed the command can mend: the scripts print it as one line. Other errors are bugs.
+    """An error that the user can fix: the scripts print it as one line. All other errors are bugs.
 
-    The line names the thing, what was expected, and what to type."""
+    The line says what is wrong with which file or flag, what was expected, and what to type."""
 
     def __init__(self, message: str):
         line = " ".join(printable(message).split())
@@ -128,7 +128,7 @@ def resample(x: torch.Tensor, rate_in: int, rate_out: int) -> torch.Tensor:
 
 
 def decode_blocks(file: soundfile.SoundFile) -> Iterator[torch.Tensor]:
-    """An open sound file as mono blocks (1, T) at its own rate; blocks, since a header may lie on length."""
+    """An open sound file as mono blocks (1, T) at its own rate: a header may give a false length."""
     while True:
         block = file.read(2**21 // file.channels, dtype="float32", always_2d=True)  # (T, channels)
         if not len(block):
@@ -142,7 +142,7 @@ def decode_blocks(file: soundfile.SoundFile) -> Iterator[torch.Tensor]:
 
 
 def why_unread(error: Exception) -> str:
-    """What libsndfile or the system says of a file, without its name."""
+    """The message of libsndfile or of the system, without the name of the file."""
     return re.sub("^Error opening .*?>: ", "", str(error))
 
 
@@ -181,7 +181,7 @@ def load_audio(path: str) -> torch.Tensor:
 
 
 def turned_down(wave: torch.Tensor) -> torch.Tensor:
-    """Wave (T,), which where it is louder than full scale is turned down as a whole, not clipped."""
+    """Wave (T,), scaled so that no sample exceeds 1 (full scale) if one does: not clipped."""
     return wave / wave.abs().max().clamp(min=1)
 
 
@@ -199,10 +199,10 @@ def save_wav(wave: torch.Tensor, path: str):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Captions: tables and folders. Data sets agree on nothing, so we decide from what the cells hold: a column
-# names files if sounds of these names exist, and holds words if its cells can be read aloud. What columns are
-# called only breaks ties. Every guess is logged; where none can be made, a UserError says what to type:
-# any function below may raise it.
+# Captions: tables and folders. Every data set has a format of its own, so we look at what the cells hold: a
+# column is the one of files if sounds of these names exist, and one of words if its cells can be read aloud.
+# The names of columns only break ties. Every guess is logged; where there is no safe guess, a UserError says
+# what to type. Any function below may raise it.
 
 AUDIO = {".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf"}
 AUDIO |= {".w64", ".rf64", ".snd", ".mp2"}
@@ -220,7 +220,7 @@ NO_TABLES = SHEETS | set(".pkl .yaml .yml .tar .tgz .zip .docx .doc .odt .rtf .p
 
 # What columns of words are called, as patterns: of captions as they are, of one class, of tags to be joined.
 # Where several columns hold words, the first pattern decides.
-CAPTIONS = "(main_)?captions?|.*captions?.*|sound_descri.*|audio_descri.*|sentences?|text|.*_value_text"
+CAPTIONS = "(main_)?captions?|.*caption.*|sound_descri.*|audio_descri.*|sentences?|text|.*_value_text"
 CAPTIONS += "|answer_text|(.*_)?transcri.*|descriptions?|prompts?|summary|words|.*description.*"
 CAPTIONS += "|beschreibung|descripci[oó]n|descrição|légende|descrizione|описание|描述|説明"
 CLASSES = "category|class|class_name|class_string|classname|labels?"
@@ -228,14 +228,15 @@ TAGS = f"common_names?|english_names?|common|display_names?|scientific_name|{CLA
 TAGS += "|.*category.*|.*class.*|.*label.*|tags?"
 TAGS += "|keywords?|.*event.*|.*scene.*|choice|.*_value_choices|name|species|genre|title"
 FIRST_TAG = len(CAPTIONS.split("|"))
-PATTERNS = f"{CAPTIONS}|{TAGS}".split("|")  # the names of columns of words, the best first
+WORDS = f"{CAPTIONS}|{TAGS}"
+PATTERNS = WORDS.split("|")  # the names of columns of words, the best first
 RANKS = {"phylum", "order", "family", "genus"}  # of animals: a "class" beside them is one, such as "aves"
 # Columns about who made a recording, and how: their words are taken only if they are asked for.
-PEOPLE = "author|artist|speaker|annotator|recordist|recorder|uploader|user|user_?name|captioner|transcriber"
+PEOPLE = "author|artist|speaker|annotator|recordist|recorder|uploader|user|username|captioner|transcriber"
 MEANS = "licen[cs]e|device|microphone|manufacturer|format|gender|sex|language|locale|country|status|by"
 MEANS += "|classifier|identifier|verifier|model|dataset|collection|site|url|link|credits?|date|time|reward"
 MEANS += "|city|weather|channel_?layout|quality|problem|comments?|remarks?|predict(ed|ions?)|preds?"
-ABOUT = rf"(.*_)?({PEOPLE})(_(name|id|type))?|({MEANS})(_(name|id|type))?|.*_(by|id|idx|index|code)"
+ABOUT = rf"((.*_)?({PEOPLE})|{MEANS})(_(name|type))?|.*_(by|id|idx|index|code)"
 ABOUT += "|((caption|label|text|tag|annotation)_)?source|super_?(category|class)"
 ABOUT += "|(false|wrong|negative|foil|old|rejected)_(captions?|text|description)"
 # What a language model was asked is no caption where its answer stands beside it.
@@ -252,23 +253,22 @@ USED_FOR = "(is|in|(used_)?for)_"
 SPLITS += f"|{USED_FOR}(train|test|val|valid|eval)(ing|idation|uation)?(_set|_split)?"
 CLASS_IDS = "(.*_)?(class|label|target|category)(_?(id|index|idx|code))?"
 MEASURES = "dur(ation)?(_.*)?|len(gth)?(_.*)?|(.*_)?(seconds?|rate|rating|score|year|age|count|size|channels)"
-SPLIT_WORDS = {"train": "train", "training": "train", "dev": "dev", "development": "dev"}
-SPLIT_WORDS |= dict.fromkeys("val valid validation validate validating".split(), "val")
-SPLIT_WORDS |= dict.fromkeys("test testing eval evaluation evaluate holdout heldout".split(), "test")
-# In German, French, Spanish, Portuguese, Dutch, Russian, Chinese and Japanese, if not the same.
-FOREIGN = "trainieren entraînement entrainement apprentissage entrenamiento treino treinamento trainen"
-FOREIGN += " обучение обучающая 训练 训练集 学習"
-SPLIT_WORDS |= dict.fromkeys(FOREIGN.split(), "train")
-FOREIGN = "validierung validieren validación validacion validação validacao validatie валидация"
-FOREIGN += " 验证 验证集 検証"
-SPLIT_WORDS |= dict.fromkeys(FOREIGN.split(), "val")
-SPLIT_WORDS |= dict.fromkeys("testen prueba teste тест тестовая 测试 测试集 テスト".split(), "test")
-for ending in ("set", "data", "daten", "sdaten"):  # 'trainset'; in German 'Trainingsdaten'
-    SPLIT_WORDS |= {word + ending: split for word, split in SPLIT_WORDS.items() if word.isascii()}
+SAID_SPLITS = {  # in English, German, French, Spanish, Portuguese, Dutch, Russian, Chinese and Japanese
+    "train": "train training trainieren entraînement entrainement apprentissage entrenamiento treino"
+    " treinamento trainen обучение обучающая 训练 训练集 学習",
+    "dev": "dev development",
+    "val": "val valid validation validate validating validierung validieren validación validacion validação"
+    " validacao validatie валидация 验证 验证集 検証",
+    "test": "test testing eval evaluation evaluate holdout heldout testen prueba teste тест тестовая"
+    " 测试 测试集 テスト",
+}
+SPLIT_WORDS = {word: split for split, words in SAID_SPLITS.items() for word in words.split()}
+ENDINGS = ("set", "data", "daten", "sdaten")  # 'trainset'; in German 'Trainingsdaten'
+SPLIT_WORDS |= {word + end: SPLIT_WORDS[word] for word in SPLIT_WORDS if word.isascii() for end in ENDINGS}
 YES, NO = {"1", "1.0", "true", "yes", "x"}, {"0", "0.0", "false", "no"}
+# Splits, too, in columns of splits, or where one of them stands beside one that trains:
 SHORT_SPLITS = {"tr": "train", "trn": "train", "va": "val", "cv": "val"}
-SHORT_SPLITS |= {"te": "test", "tt": "test", "tst": "test"}
-SHORT_SPLITS |= {"blind": "test"}  # in columns of splits, or where one of them lies beside one that trains
+SHORT_SPLITS |= {"te": "test", "tt": "test", "tst": "test", "blind": "test"}
 # Folders that are called so are no class of sounds.
 STRUCTURE = set("audio audios wav wavs flac mp3 ogg mono stereo raw clip clips sound sounds samples".split())
 STRUCTURE |= set("rec recs recording recordings file files data dataset fold folder subfolder disc".split())
@@ -285,11 +285,11 @@ csv.field_size_limit(2**31 - 1)  # Python's own limit is shorter than some capti
 
 
 class NoSounds(UserError):
-    """A table none of whose columns names a sound: it may be about something else."""
+    """No column of a table names sounds: it may be about something else."""
 
 
 class NoWords(UserError):
-    """A table that names sounds and has no words for them: likewise."""
+    """A table names sounds, but has no words for them: it may be about something else, too."""
 
 
 @dataclass
@@ -303,6 +303,30 @@ class Entry:
 
 
 Flags = collections.namedtuple("Flags", "files words split")  # columns that the user gave
+
+
+def read_entries(source, log=print, files=None, words=None, split_column=None, left_out=None) -> list[Entry]:
+    """What a table or a folder holds. Names of columns (`files`, `words`, `split_column`) overrule guesses.
+
+    Every guess, and the first files of all that is left out, are told to `log`; the list `left_out` gets all
+    of the latter."""
+    if not os.path.exists(source):
+        raise UserError(f"{source}: does not exist; expected a table or a folder")
+    understand = folder_entries if os.path.isdir(source) else table_entries
+    said = [name.strip() for name in (words or "").split(",") if name]
+    notes: list[tuple[str, str]] = []  # (why something is left out, or '' for a guess; what)
+    gc.disable()  # a long table is many objects and no cycles: looking for them takes a third of the time
+    try:
+        entries = understand(os.path.abspath(source), Flags(files, said, split_column), notes)
+    finally:
+        gc.enable()
+    for why in sorted({why for why, _ in notes}):
+        lines = [what for reason, what in notes if reason == why]
+        for line in shortened(f"left out, {why}" if why else "read", lines):
+            log(printable(line))
+        if why and left_out is not None:
+            left_out += [f"{why}: {line}" for line in lines]
+    return entries
 
 
 def printable(text: str) -> str:
@@ -333,6 +357,14 @@ def stem(name: str) -> str:
     return name[: name.rindex(".")] if name.lower().endswith(MEDIA) else name
 
 
+HUMP = "(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"  # where a word begins in 'CarHorn' and 'TVNoise'
+
+
+def family(name: str) -> str:
+    """A column's name without numbers: 'Caption-2', 'caption[1]' -> 'caption'; 'isTrain' -> 'is_train'."""
+    return re.sub(rf"[\W\d_]+|{HUMP}", "_", name).strip("_").lower()
+
+
 # Words: what a cell says, and whether that can be a caption.
 
 OF_DATES = "jan(uary)?|feb(ruary)?|mar(ch)?|apr(il)?|may|june?|july?|aug(ust)?|sept?(ember)?|oct(ober)?"
@@ -355,12 +387,13 @@ A_WORD = re.compile(r"(?<![^\W_])([^\W\d_]{2,}|[^\W\d_a-zA-Z])(?![^\W_])")  # le
 
 
 def clean_caption(text: str) -> str:
-    """One line of text that no later step stumbles over: no half emojis, control or zero-width characters."""
+    """One line of text without HTML, control characters, zero-width characters and halves of emojis."""
     text = unicodedata.normalize("NFC", html.unescape(text))
     text = re.sub(r"</?[A-Za-z][^<>]*>", " ", text)  # <br>, as in Freesound's descriptions
-    for char in set(text) if not text.isprintable() else ():
-        if unicodedata.category(char)[0] == "C":
-            text = text.replace(char, " " if unicodedata.category(char) == "Cc" else "")
+    for char in set(text):
+        kind = unicodedata.category(char)
+        if kind[0] == "C":
+            text = text.replace(char, " " if kind == "Cc" else "")
     return " ".join(text.split())
 
 
@@ -373,22 +406,13 @@ def parsed(cell: str) -> object:
     return cell
 
 
-SPEAKER = ("role", "from")  # the keys that say who speaks in a chat
-
-
-def is_asked(part: dict) -> bool:
-    """In a chat, is this not an answer?"""
-    return any(part.get(key) in ("user", "human", "system") for key in SPEAKER)
-
-
 def cell_texts(cell: object) -> list[str]:
     """The texts in a cell, cleaned: of a string, of a list of strings, of the values of a dictionary, or of
     one of these written as a string."""
     if isinstance(cell, str) and cell[:1] + cell[-1:] in ("[]", "{}"):
         cell = parsed(cell)
-    if isinstance(cell, dict):  # of a chat, what was answered, and not by whom
-        values = [] if is_asked(cell) else [cell[key] for key in cell if key not in SPEAKER]
-        return [text for value in values for text in cell_texts(value)]
+    if isinstance(cell, dict):
+        return [text for value in cell.values() for text in cell_texts(value)]
     if isinstance(cell, list):
         return [text for item in cell if isinstance(item, str) for text in cell_texts(item)]
     text = clean_caption(cell) if isinstance(cell, str) else ""
@@ -412,9 +436,6 @@ def pseudo_sentence(tags: str | list) -> str:
     return " ".join(word for word in words if not re.fullmatch(r"0\d+", word))
 
 
-HUMP = "(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"  # where a word begins in 'CarHorn' and 'TVNoise'
-
-
 # Splits: what trains and what validates, as columns, names of files, and folders say it.
 
 
@@ -431,16 +452,15 @@ def split_word(name: str) -> str:
 
 
 def split_words(names: Iterable[str]) -> dict[str, str]:
-    """{name: as `split_word`} for names side by side. 'tr' and 'tt' are such words where both are there."""
-    words = {name: split_word(name) for name in names}
-    short = {name: SHORT_SPLITS.get(os.path.basename(name).split(".")[0].lower(), "") for name in words}
-    all_words = {short[name] or words[name] for name in words if short[name] or words[name]}
-    if any(short.values()) and "train" in all_words and len(all_words) > 1:
-        words = {name: short[name] or words[name] for name in words}
-    return words
+    """{name: as `split_word`} for names side by side; 'te' is such a word if 'tr' or 'train' is beside it."""
+    long = {name: split_word(name) for name in names}
+    stems = {name: os.path.basename(name).split(".")[0].lower() for name in long}
+    words = {name: SHORT_SPLITS.get(stems[name], long[name]) for name in long}
+    said = set(words.values()) - {""}
+    return words if "train" in said and len(said) > 1 else long
 
 
-def sides(names: Iterable[str]) -> dict[str, str]:
+def train_or_val(names: Iterable[str]) -> dict[str, str]:
     """{name: 'train', 'val' or ''} for names side by side: values of a column, folders, or files.
 
     What a 'dev' is depends on the others: it validates beside 'train', and trains beside 'test' alone."""
@@ -454,13 +474,13 @@ def column_splits(name: str, cells: list) -> list[str]:
     texts = ["" if cell is None else str(cell).strip().lower() for cell in cells]
     if re.fullmatch(SPLITS, family(name)):
         texts = [SHORT_SPLITS.get(text, text) for text in texts]
-    splits = sides(set(texts))
+    splits = train_or_val(set(texts))
     folds = {text: re.fullmatch(r"(fold|set|split)?[ _-]?(\d+)(\.0)?", text) for text in splits}
     numbers = {text: int(match[2]) for text, match in folds.items() if match}
     if re.match(USED_FOR, family(name)) or family(name) in SPLIT_WORDS:
-        yes = sides([family(name)])[family(name)]  # is_train, test: yes or no
+        yes = train_or_val([family(name)])[family(name)]  # is_train, test: yes or no
         marks = {""} if {*texts} <= {"", *YES} else set()  # a cross, or nothing
-        # What is mostly 'valid' is not damaged, and an 'eval' of 4 is a grade.
+        # But a 'valid' that is mostly yes says which files are not damaged, and an 'eval' of 4 is a grade.
         mostly = 2 * sum(text in YES for text in texts) > len(texts)
         if not ("valid" in name.lower() and mostly) and {0, 1} >= {*numbers.values()}:
             splits |= dict.fromkeys(YES, yes)
@@ -476,26 +496,21 @@ def folders_of(path: str) -> list[str]:
     return [path[: slash.start()] for slash in re.finditer("/", path)]
 
 
-def siblings_of(paths: Iterable[str]) -> dict[str, set[str]]:
-    """{folder: the names of the folders in it} for the folders above these files."""
-    siblings = collections.defaultdict(set)
+def folder_splits(paths: Iterable[str]) -> dict[str, str]:
+    """{folder: 'train' or 'val'} for folders in relative paths that are called like splits.
+
+    Their siblings must be splits, too: in ESC-50 'train' is a class, and has other classes beside it."""
+    siblings = collections.defaultdict(set)  # {folder: the names of the folders in it}
     for folder in {folder for path in paths for folder in folders_of(path)}:
         siblings[os.path.dirname(folder)].add(os.path.basename(folder))
-    return siblings
-
-
-def folder_splits(paths: Iterable[str]) -> dict[str, str]:
-    """{folder: 'train' or 'val'} for folders in relative paths that are splits, as their siblings are.
-
-    ESC-50 has a class called 'train', but other classes beside it; another set has 'train horn'."""
     splits: dict[str, str] = {}
-    for above, names in siblings_of(paths).items():
+    for above, names in siblings.items():
         words = set(split_words(names).values())
         exact = {split_word(name) for name in names if name.lower() in SPLIT_WORDS}
         # Alone, 'train/' is a split, but 'test recordings/' may be any.
         all_splits = "" not in words and (len(words) > 1 or (len(names) == 1 and " " not in [*names][0]))
         if all_splits or ("train" in exact and len(exact) > 1):
-            splits |= {os.path.join(above, name): side for name, side in sides(names).items() if side}
+            splits |= {os.path.join(above, name): side for name, side in train_or_val(names).items() if side}
     return splits
 
 
@@ -506,7 +521,7 @@ def place_splits(source: str, paths: list[str]) -> list[str]:
     said = ""
     if os.path.isfile(source):
         source, name = os.path.split(source)
-        known = sides([name, *os.listdir(source)])
+        known = train_or_val([name, *os.listdir(source)])
         alone = not any(side for other, side in known.items() if other != name)
         said = "" if " " in name and alone else known[name]  # 'hearing test.csv' says nothing
     above, name = os.path.split(os.path.abspath(source))
@@ -529,6 +544,7 @@ class Table:
     path: str
     columns: dict[str, list]
     delimiter: str = ""  # '' if it was JSON
+    what: str = ""  # what it was made of, if not of a file
 
     def cells(self, name: str) -> list:
         """A column, which a flag may have named wrongly."""
@@ -540,7 +556,7 @@ class Table:
 def read_text(path: str, notes: list) -> str:
     """The text of a table, or of a caption's file."""
     if kind_of(path) in NO_TABLES or stem(path) != path:
-        advice = "give a folder, or a table saved as CSV or JSON"
+        advice = "move it away, or give a folder, or a table saved as CSV or JSON"
         if kind_of(path) == ".parquet":
             advice += ", as by pandas.read_parquet(...).to_csv('clips.csv')"
         raise UserError(f"{path}: {kind_of(path)} is not read as a table; {advice}")
@@ -699,8 +715,16 @@ def names_texts(data: dict) -> bool:
     if all(stem(key) != key for key in data):
         return True
     texts = [text for cell in data.values() for text in cell_texts(cell)]
-    usual = any(re.fullmatch("|".join(PATTERNS), family(key)) for key in data)
+    usual = any(re.fullmatch(WORDS, family(key)) for key in data)
     return bool(texts) and all(map(is_words, texts)) and not usual
+
+
+SPEAKER = ("role", "from")  # the keys that say who speaks in a chat
+
+
+def is_asked(part: dict) -> bool:
+    """In a chat, is this a question or an instruction, not an answer?"""
+    return any(part.get(key) in ("user", "human", "system") for key in SPEAKER)
 
 
 def rows_table(path: str, rows: list[dict]) -> Table:
@@ -752,8 +776,9 @@ CLIP_NAME = re.compile(
 
 
 class Sounds:
-    """The sounds below a folder, by their paths relative to it with /, and the other files there; `media` are
-    those of these that hold sound in a format which is not read, with the folder."""
+    """What lies below the folder `root`: `paths` of sounds and of `others`, relative to it and with /.
+
+    `media` are full paths of those others that hold sound in a format that is not read."""
 
     def __init__(self, root: str, files: Iterable[str]):
         files = sorted(path.replace(os.sep, "/") for path in files)
@@ -858,14 +883,14 @@ def split_path(cell: object) -> tuple[str, str]:
     return folder.removeprefix("./").strip("/"), name
 
 
-Place = tuple[int, str, str]  # how many folders of a cell are ignored, the base below which it is right, path
+Place = collections.namedtuple("Place", "ignored base path")  # see `places_of`
 
 
 def places_of(cell: tuple[str, str], table: Table, i: int, sounds: Sounds) -> list[Place]:
     """Where the sound in a cell (folder, name) of row i may be, with as few folders ignored as possible.
 
-    If there is a sounds/dog/1.wav, 'x/dog/1' may mean it: the folder x is ignored, the base is sounds. The
-    same name with the same extension comes first."""
+    If there is a sounds/dog/1.wav, 'x/dog/1' may mean it: one folder of the cell is ignored (x), and the
+    base, below which the rest of the cell is right, is sounds. A file with the same extension comes first."""
 
     def upwards(folder: str) -> list[str]:
         """Its folders as they are compared, the deepest first."""
@@ -881,9 +906,9 @@ def places_of(cell: tuple[str, str], table: Table, i: int, sounds: Sounds) -> li
         # 'audio/dog/1' is not audio/cat/1.wav: what both lie in does not count where the next folder differs
         if not ignored or ignored[0] in above or set(above).isdisjoint(ignored):
             base = "/".join(path.split("/")[: len(above)])
-            places.append((len(ignored), base, path))
-    places.sort(key=lambda place: (place[0], os.path.basename(place[2]) != name))
-    return [place for place in places if place[0] == places[0][0]]
+            places.append(Place(len(ignored), base, path))
+    places.sort(key=lambda place: (place.ignored, os.path.basename(place.path) != name))
+    return [place for place in places if place.ignored == places[0].ignored]
 
 
 def below_one_base(table: Table, places: list[list[Place]], sounds: Sounds) -> list[list[Place]]:
@@ -891,8 +916,8 @@ def below_one_base(table: Table, places: list[list[Place]], sounds: Sounds) -> l
 
     So a missing file is never taken from a neighbour's folder."""
     used = collections.defaultdict(set)
-    for _, base, path in itertools.chain(*places):
-        used[base].add(path)
+    for place in itertools.chain(*places):
+        used[place.base].add(place.path)
     said = split_word(os.path.basename(table.path))
     if said:  # what is called train.csv has nothing in a folder called test
         best = said if said in map(split_word, used) else ""
@@ -902,12 +927,12 @@ def below_one_base(table: Table, places: list[list[Place]], sounds: Sounds) -> l
     kept = {base for base in used if share[base] >= 0.8 * most}
     result = []
     for row in places:
-        bases = sorted({base for _, base, _ in row if base in kept})
+        bases = sorted({place.base for place in row if place.base in kept})
         if len(bases) > 1 and bases[0]:  # '' is first: in the folder itself, a name is where it should be
             where = f"one lies in {bases[0]!r} and in {bases[1]!r} of {sounds.root}"
             advice = "write folders into the column of files, or move the table away if it is about others"
             raise UserError(f"{table.path}: of its sounds {where}; {advice}")
-        result.append([place for place in row if place[1] in bases[:1]])
+        result.append([place for place in row if place.base in bases[:1]])
     return result
 
 
@@ -920,9 +945,9 @@ def own_folders(cells: list[tuple[str, str]], places: list[list[Place]]) -> list
     theirs.discard("")  # no folder at all
     kept = []
     for row in places:
-        kept.append([p for p in row if p[0] == 0 or theirs.isdisjoint(p[1].casefold().split("/"))])
-    ignored = sorted(row[0][0] for row in kept if row)
-    return [row if row and row[0][0] <= ignored[len(ignored) // 2] else [] for row in kept]
+        kept.append([p for p in row if not p.ignored or theirs.isdisjoint(p.base.casefold().split("/"))])
+    ignored = sorted(row[0].ignored for row in kept if row)
+    return [row if row and row[0].ignored <= ignored[len(ignored) // 2] else [] for row in kept]
 
 
 NAMELESS = "|index|idx|unnamed"  # what columns are called that number the rows
@@ -959,7 +984,7 @@ def match_column(table: Table, column: str, sounds: Sounds, given: bool) -> Matc
         return None
     cells = [split_path(cell) for cell in cells]
     places = own_folders(cells, [places_of(cell, table, i, sounds) for i, cell in enumerate(cells)])
-    paths = [row[0][2] if row else "" for row in below_one_base(table, places, sounds)]
+    paths = [row[0].path if row else "" for row in below_one_base(table, places, sounds)]
     exact = sum(os.path.basename(path) == name for path, (_, name) in zip(paths, cells) if path)
     match = Match(column, sounds, paths, exact, len(set(paths) - {""}))
     if not match.distinct or (not given and is_chance(match, cells)):
@@ -986,7 +1011,7 @@ def likely_folders(table: Table, written: set[str]) -> Iterator[Sounds]:
 
 
 def find_files(table: Table, files: str | None) -> Match:
-    """The column that names sounds, most of them as they are written; `files` if given."""
+    """The column that names sounds: of several the one with most names as they are written; or `files`."""
     written = {}
     for name in [files] if files else table.columns:
         written[name] = {cell for cell in table.cells(name) if isinstance(cell, str) and stem(cell) != cell}
@@ -1031,11 +1056,6 @@ def best_match(table: Table, matches: list[Match]) -> Match:
 # Which columns hold words and splits.
 
 
-def family(name: str) -> str:
-    """'Caption-2' and 'caption[1]' are of one family, 'caption'; 'isTrain' and 'is_train' of another."""
-    return re.sub(rf"[\W\d_]+|{HUMP}", "_", name).strip("_").lower()
-
-
 def holds_words(cells: list) -> bool:
     """Are most cells of a column words, and not just a numbering such as clip_1, clip_2?"""
     texts = [text for cell in cells[:: max(1, len(cells) // 1000)] for text in cell_texts(cell)]
@@ -1058,8 +1078,8 @@ def is_rare(cells: list) -> bool:
 def rank_words(table: Table, taken: set) -> dict[str, int]:
     """{column: the place of the first pattern that its name fits} of the columns that hold words.
 
-    A column whose cells all say the same is a remark, not a caption, if its name says nothing, or if another
-    one of a known name does not."""
+    A column whose cells all say the same, and a description that few rows have, are remarks: they give way
+    to columns of known names. Of an unknown name, the former is never a caption."""
     ranks = {}
     answered = any(re.fullmatch(ANSWERED, family(name)) for name in table.columns.keys() - taken)
     quizzed = "question" in map(family, table.columns)  # then 'category' is one of questions
@@ -1073,13 +1093,12 @@ def rank_words(table: Table, taken: set) -> dict[str, int]:
         fitting = [i for i, pattern in enumerate(known) if re.fullmatch(pattern, family(name))]
         if fitting or not is_constant(cells):
             ranks[name] = min(fitting, default=len(PATTERNS))
-    # A description that few rows have is a remark, where other words are known.
-    remarks = {name for name in ranks if "description" in family(name) and is_rare(table.columns[name])}
-    if any(ranks[name] < len(PATTERNS) for name in ranks.keys() - remarks):
-        ranks = {name: ranks[name] for name in ranks if name not in remarks}
-    varied = [name for name in ranks if not is_constant(table.columns[name])]
-    if any(ranks[name] < len(PATTERNS) for name in varied):
-        ranks = {name: ranks[name] for name in varied}
+    rare = [name for name in ranks if "description" in family(name) and is_rare(table.columns[name])]
+    constant = [name for name in ranks if is_constant(table.columns[name])]
+    for remarks in (rare, constant):
+        others = {name: rank for name, rank in ranks.items() if name not in remarks}
+        if any(rank < len(PATTERNS) for rank in others.values()):
+            ranks = others
     return ranks
 
 
@@ -1116,7 +1135,7 @@ def find_splits(table: Table, taken: set) -> str:
         # holds 'test' alone. ('train' alone may be what sounds.)
         sides_named = {SPLIT_WORDS.get(re.sub(r"[\W_]", "", value), "") for value in values}
         plain = "" not in sides_named and sides_named - {"train", "dev"}
-        named = re.fullmatch("|".join([SPLITS, *SPLIT_WORDS]), family(name))
+        named = family(name) in SPLIT_WORDS or re.fullmatch(SPLITS, family(name))
         named = named and any(column_splits(name, cells))
         if (plain or named) and (not found or any(map(split_word, values))):
             found = name
@@ -1140,32 +1159,36 @@ def unknown_splits(table: Table, split: str, splits: list[str]) -> list[tuple[st
 # Entries: what the rows of a table say of its sounds.
 
 
-def row_captions(table: Table, i: int, captions: list[str], tags: list[str]) -> list[str]:
-    """The captions of row i; if it has none, its first tags as one sentence."""
-    texts = [text for name in captions for text in cell_texts(table.cells(name)[i]) if is_words(text)]
-    if texts:
-        return list(dict.fromkeys(text if " " in text else text.replace("_", " ") for text in texts))
-    words: dict[str, dict] = collections.defaultdict(dict)  # of 'label_1' and 'label_2' together
-    for name in tags:
-        words[family(name)] |= dict.fromkeys(filter(is_words, cell_texts(table.columns[name][i])))
-    return list(filter(None, map(pseudo_sentence, map(list, words.values()))))[:1]
+def row_captions(table: Table, i: int, columns: list[str]) -> list[str]:
+    """What the columns of captions say in row i, each text once."""
+    texts = [text for name in columns for text in cell_texts(table.cells(name)[i]) if is_words(text)]
+    return list(dict.fromkeys(text.replace("_", " ") for text in texts))
+
+
+def row_tags(table: Table, i: int, columns: list[str]) -> list[str]:
+    """The tags of row i as one sentence: those of the first column that has any; else an empty list."""
+    tags: dict[str, dict] = collections.defaultdict(dict)  # {family: tags}: label_1 and label_2 are one
+    for name in columns:
+        tags[family(name)] |= dict.fromkeys(filter(is_words, cell_texts(table.columns[name][i])))
+    sentences = [pseudo_sentence(list(words)) for words in tags.values()]
+    return [sentence for sentence in sentences if sentence][:1]
 
 
 def rejected_rows(table: Table, taken: set) -> set[int]:
     """The rows that some column marks as useless; none, if that were all."""
-    rejected, rows = set(), len(table.columns[next(iter(table.columns))])
+    rejected, rows = set(), len(next(iter(table.columns.values())))
     for name in table.columns.keys() - taken:
-        texts = [str(cell).strip().lower() for cell in table.columns[name]]
-        marks = REJECTED if re.fullmatch(VERDICT, family(name)) else "(?!)"
-        if {*texts} <= {*YES, *NO, "", "none", "nan"}:
-            is_bad, is_good = (re.fullmatch(names, family(name)) for names in (BAD, GOOD))
-            marks = "|".join(YES if is_bad else NO if is_good else {"(?!)"})
-        rejected |= {i for i, text in enumerate(texts) if re.fullmatch(marks, text)}
+        texts, marks = [str(cell).strip().lower() for cell in table.columns[name]], set()
+        if re.fullmatch(VERDICT, family(name)):
+            marks = {text for text in texts if re.fullmatch(REJECTED, text)}
+        elif {*texts} <= {*YES, *NO, "", "none", "nan"} and re.fullmatch(f"{BAD}|{GOOD}", family(name)):
+            marks = YES if re.fullmatch(BAD, family(name)) else NO
+        rejected |= {i for i, text in enumerate(texts) if text in marks}
     return rejected if len(rejected) < rows else set()
 
 
 def check_moments(table: Table, match: Match):
-    """Refuse rows that are about moments in files: of one file, several say when."""
+    """UserError if rows are about moments: several rows of one file with different times."""
     columns = list(map(family, table.columns))
     limits = [name for name in columns if re.match("start|begin|end", name)]
     detections = "confidence" in columns and len(limits) > 1
@@ -1225,7 +1248,7 @@ def check_folders(table: Table, match: Match):
 
 
 def check_quotes(table: Table, match: Match):
-    """Refuse rows that were swallowed by a quote that is not closed."""
+    """UserError if a cell holds whole rows, because a quote before them is not closed."""
     place = list(table.columns).index(match.column)
     for cell in itertools.chain(*table.columns.values()) if table.delimiter else []:
         for line in cell.split("\n")[1:]:
@@ -1265,9 +1288,7 @@ def name_classes(table: Table, taken: set) -> bool:
 
 
 # 'a b.wav: rain falls', or '84-12-3 GO ON' as LibriSpeech has it
-NAME_WORDS = re.compile(
-    rf"\s*(.+?(?:{'|'.join(map(re.escape, AUDIO))})|\S*[\d_]\S*?)\s*[:-]?\s+(.+)", re.IGNORECASE
-)
+NAME_WORDS = re.compile(rf"(?i)\s*(.+?(?:{'|'.join(map(re.escape, AUDIO))})|\S*[\d_]\S*?)\s*[:-]?\s+(.+)")
 
 
 def with_folders(table: Table) -> Table:
@@ -1286,7 +1307,7 @@ def is_row(table: Table, match: Match) -> bool:
     if match.column.isdecimal():  # so `csv_table` calls columns that have no header
         return False
     named = match.sounds.index.get(name_key(split_path(match.column)[1]), [])
-    usual = any(re.fullmatch("|".join([*PATTERNS, SPLITS]), family(name)) for name in table.columns)
+    usual = any(re.fullmatch(f"{WORDS}|{SPLITS}", family(name)) for name in table.columns)
     return bool(table.delimiter and named) and not usual and not set(named) & set(match.paths)
 
 
@@ -1332,15 +1353,8 @@ def no_words(table: Table) -> NoWords:
     return NoWords(f"{table.path}: {what}{hint}")
 
 
-def words_source(words: Table, columns: list[str]) -> str:
-    """What to call the source of words: columns of a file, texts beside the sounds, or folders."""
-    if words.path.endswith(os.sep):
-        return "texts beside them" + (f", {listed(columns)}" if columns != ["caption"] else "")
-    return "names of folders" if os.path.isdir(words.path) else listed(columns)
-
-
 def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Entry]:
-    """An entry for each sound, which several rows may caption."""
+    """An entry for each sound, with the captions of all its rows."""
     split = flags.split or find_splits(table, {match.column, *flags.words})
     splits = column_splits(split, table.cells(split)) if split else place_splits(table.path, match.paths)
     if flags.split and not any(splits):
@@ -1364,8 +1378,8 @@ def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Ent
     by_tags = 0
     media = {os.path.basename(path): path for path in match.sounds.media}
     for i, sound in enumerate(match.paths):
-        path, spoken = os.path.join(match.sounds.root, sound), row_captions(words, i, captions, [])
-        texts = spoken or row_captions(words, i, [], tags)
+        path, spoken = os.path.join(match.sounds.root, sound), row_captions(words, i, captions)
+        texts = spoken or row_tags(words, i, tags)
         if not sound or not texts:
             cell = table.columns[match.column][i]
             unreadable = media.get(split_path(cell)[1])
@@ -1387,7 +1401,11 @@ def join_rows(table: Table, match: Match, flags: Flags, notes: list) -> list[Ent
         raise UserError(f"{table.path}: {what}; expected captions, or names of classes")
     where = os.path.commonpath(list(map(os.path.dirname, entries)))
     files = f"{table.path}: files from {match.column!r}" if os.path.isfile(table.path) else "sounds"
-    said = f"{files} in {where}, words from {words_source(words, captions or tags[:1])}"
+    columns = captions or tags[:1]
+    source = words.what or listed(columns)
+    if words.what and columns not in (["caption"], ["category"]):
+        source += f", {listed(columns)}"
+    said = f"{files} in {where}, words from {source}"
     said += f" (of {by_tags} rows from {listed(tags)})" if by_tags else ""
     told = repr(split) if split else "names" if any(splits) else "nothing"
     notes.append(("", f"{said}, splits from {told}"))
@@ -1435,7 +1453,7 @@ def beside_table(sounds: Sounds, paths: list[str], notes: list) -> Table:
     in a folder of texts beside that of sounds."""
     rows, texts = [], {}
     for path in sounds.others:
-        keys = places_of_texts(path) if kind_of(path) in BESIDE else []
+        keys = places_of_texts(path)
         elsewhere = kind_of(path) == ".txt" and not sounds.sizes[os.path.dirname(path)]
         texts |= dict.fromkeys(keys if elsewhere else keys[:1], os.path.join(sounds.root, path))
 
@@ -1453,7 +1471,7 @@ def beside_table(sounds: Sounds, paths: list[str], notes: list) -> Table:
         except (UserError, ValueError, TypeError) as why:
             notes.append(("the text beside it cannot be read", f"{path} ({why})"))
         rows.append(row)
-    table = rows_table(os.path.join(sounds.root, ""), rows)
+    table = replace(rows_table(sounds.root, rows), what="texts beside them")
     if not all(table.columns.get("captions of events", [])):  # of some sounds: then other words say more
         del table.columns["captions of events"]
     return table
@@ -1492,11 +1510,12 @@ def class_names(paths: list[str]) -> list[str]:
 
     def names_above(path: str) -> list[str]:
         """The classes that a sound lies in, the deepest first; below 'unknown' there are none."""
-        folders = itertools.takewhile(
-            lambda folder: not re.fullmatch(rf"{MISSING}|unknown|unlabell?ed", os.path.basename(folder)),
-            reversed(folders_of(path)),
-        )
-        return list(filter(None, map(names.get, folders)))
+        found = []
+        for folder in reversed(folders_of(path)):
+            if re.fullmatch(rf"{MISSING}|unknown|unlabell?ed", os.path.basename(folder)):
+                break
+            found.append(names[folder])
+        return list(filter(None, found))
 
     chains = list(map(names_above, paths))
     above = collections.defaultdict(set)  # {the deepest name: the names above it}
@@ -1534,7 +1553,7 @@ def listed_splits(sounds: Sounds, notes: list) -> tuple[dict[str, str], set[str]
                 splits |= said
                 lists.add(path)
                 first[path] = path
-    for path, side in sides(path for path in files if split_word(os.path.basename(path))).items():
+    for path, side in train_or_val(path for path in files if split_word(os.path.basename(path))).items():
         full = os.path.join(sounds.root, path)
         with contextlib.suppress(UserError):
             lines = [line for line in read_text(full, []).split("\n") if line.strip()]
@@ -1643,11 +1662,8 @@ def refuse_unread_words(sounds: Sounds, paths: list[str], others: list[str], cla
         has_words = re.search("caption|transcri", name) or METADATA.search(path)
         if name == "text":
             raise UserError(f"{full}: texts as Kaldi has them are not read; write a table of files and texts")
-        if kind_of(path) in NO_TABLES and (has_words or not any(classes)):
+        if kind_of(path) in SHEETS or (kind_of(path) in NO_TABLES and (has_words or not any(classes))):
             read_text(full, [])  # its error says what to do with it
-        if kind_of(path) in SHEETS:
-            what = f"{path} is not read, and may say more than the names of folders"
-            raise UserError(f"{sounds.root}: {what}; save it as CSV, or move it away")
         if kind_of(path) not in TABLES | LISTS:
             continue
         if split_word(name) or "split" in name:  # testing_list.txt
@@ -1730,30 +1746,8 @@ def class_entries(
     what = "no table of sounds and no texts that are understood, so the names of folders are categories"
     what += f"; all sounds are called {classes[0]!r}" if len(set(classes)) == 1 else ""
     notes.append(("", f"{sounds.root}: {what}"))
-    table = Table(sounds.root, {"path": paths, "category": classes})
+    table = Table(sounds.root, {"path": paths, "category": classes}, what="names of folders")
     return join_rows(table, Match("path", sounds, paths), flags, notes)
-
-
-def read_entries(source, log=print, files=None, words=None, split_column=None, left_out=None) -> list[Entry]:
-    """What a table or folder holds; every guess and all that is left out is told to `log`, and what is left
-    out also appended to the list `left_out`. Names of columns overrule guesses."""
-    if not os.path.exists(source):
-        raise UserError(f"{source}: does not exist; expected a table or a folder")
-    understand = folder_entries if os.path.isdir(source) else table_entries
-    said = [name.strip() for name in (words or "").split(",") if name]
-    notes: list[tuple[str, str]] = []  # (why something is left out, or '', and what)
-    gc.disable()  # a long table is many small objects and no cycles: to look for these takes long
-    try:
-        entries = understand(os.path.abspath(source), Flags(files, said, split_column), notes)
-    finally:
-        gc.enable()
-    for why in sorted({why for why, _ in notes}):
-        lines = [what for reason, what in notes if reason == why]
-        for line in shortened(f"left out, {why}" if why else "read", lines):
-            log(printable(line))
-        if why and left_out is not None:
-            left_out += [f"{why}: {line}" for line in lines]
-    return entries
 
 
 def read_captions(source: str) -> list[tuple[str, list[str]]]:
@@ -1987,9 +1981,8 @@ class AudioData:
 
     @classmethod
     def from_flags(cls, args, log: Callable = print) -> "AudioData":
-        """What `add_data_flags` asked for, prepared below --out."""
-        columns = {"files": args.files, "words": args.words, "split_column": args.split_column}
-        return cls(args.data, args.out, log, **columns)
+        """What `add_training_flags` asked for, prepared below --out."""
+        return cls(args.data, args.out, log, **{name: getattr(args, name) for name in COLUMN_FLAGS})
 
     def chances(self, length: int) -> np.ndarray:
         """For crops of `length` samples, the chance that one of the first n training clips is drawn (n,)."""
@@ -2003,9 +1996,9 @@ class AudioData:
         """A random crop of a random training clip, and one of the clip's captions. A short clip sounds within
         the first tenth of its crop, and silence follows: a word is not to be answered by silence first.
 
-        It is drawn again while it is silent, may not be mixed with the clip `partner`, or stays below
-        `min_level` times the peak of its clip: it would lack what the caption speaks of. The twentieth is
-        taken as it is."""
+        It is drawn again, up to 19 times, if it is silent, if it may not be mixed with the clip `partner`, or
+        if it stays below `min_level` times the peak of its clip: the event that the caption names is then
+        likely elsewhere in the clip."""
         for _ in range(20):
             clip = self.train[np.searchsorted(self.chances(length)[:-1], rng.random(), "right")]
             spare = clip.length - length
@@ -2046,9 +2039,9 @@ class AudioData:
 def drawing_chances(clips: list[Clip], length: int) -> np.ndarray:
     """How likely each clip of a source is drawn for crops of `length` samples (n,).
 
-    It is drawn as often as it fills crops, and a shorter one as often as if it filled one: by their mere
-    length, doors and knocks would hardly ever be heard beside rain. Of two categories, one that fills four
-    times as many crops is drawn twice as often: rare ones are to be learnt, too."""
+    A clip counts as many times as it fills a crop, but at least once: by length alone, doors and knocks would
+    hardly ever be drawn beside rain. Within a source, a category is drawn by the square root of its count:
+    with four times as many crops twice as often, so that rare categories are learnt, too."""
     crops = np.maximum([clip.length for clip in clips], length) / length
     _, category = np.unique([clip.category for clip in clips], return_inverse=True)
     chance = crops / np.sqrt(np.bincount(category, crops))[category]
@@ -2056,14 +2049,14 @@ def drawing_chances(clips: list[Clip], length: int) -> np.ndarray:
 
 
 def choose_splits(parts: list[list[Clip]]) -> None:
-    """Say of every clip of every source whether it trains or validates ('both', of a single clip), in place.
+    """Set `split` of every clip of every source to 'train' or 'val' ('both' for a single clip), in place.
 
-    Where a source does not say it, a tenth of it validates; likewise where it says that all of it trains,
-    unless another source validates. The tenth is drawn by names and lengths of the clips, never by --seed or
-    by folders: codec and language model should not validate on what the other one trains on."""
+    If a source says nothing, a tenth of it validates; so, too, if all of it trains and no other source
+    validates. The tenth depends on names and lengths of the clips only, not on --seed or folders: neither
+    model may validate on clips that the other one is trained on."""
 
     def lot(clip: Clip) -> list[bytes]:
-        """As good as random."""
+        """Hashes to sort by: an order that is as good as random, but the same in every run."""
         known = ((os.path.basename(clip.name), clip.length), clip.name)
         return [hashlib.sha256(ascii(each).encode()).digest() for each in known]
 
@@ -2096,8 +2089,10 @@ def mixtures(clips: list[Clip], length: int, held_out: bool, n: int, seed: int =
     by_name = {name: [clip for clip in clips if clip.category == name] for name in names}
     names = [name for name in names if by_name[name]]
     pairs = [p for p in itertools.permutations(names, 2) if (frozenset(p) in HELD_OUT_PAIRS) == held_out]
+    if not pairs or len(names) < 3:
+        return []
     rng, made = np.random.default_rng(seed), []
-    for _ in range(n if pairs and len(names) > 2 else 0):
+    for _ in range(n):
         pair = pick(pairs, rng)
         absent = [name for name in names if name not in pair]
         first, second, other = (pick(by_name[name], rng) for name in (*pair, pick(absent, rng)))
@@ -2178,14 +2173,18 @@ class Tokenizer:
 # What the three scripts share. It lives here because nothing imports a script.
 
 SOUNDS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sounds", "clips.csv")  # the default data
+COLUMN_FLAGS = ("files", "words", "split_column")  # they overrule what is guessed of a table
 
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, like all others; --num-samples is --num_samples, too."""
 
     def parse_args(self, args=None, namespace=None):
-        typed = sys.argv[1:] if args is None else args
-        words = [re.sub("(?<=^--)[^=]+", lambda flag: flag[0].replace("-", "_"), word) for word in typed]
+        words = list(sys.argv[1:] if args is None else args)
+        for i, word in enumerate(words):
+            if word.startswith("--"):
+                flag, equals, value = word.partition("=")
+                words[i] = "--" + flag[2:].replace("-", "_") + equals + value
         return super().parse_args(words, namespace)
 
     def error(self, message):
@@ -2194,12 +2193,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}{quotes}; type python {self.prog} --help for all flags")
 
 
-def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say what to train on, the same in both training scripts."""
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that both training scripts have: on what to train, how long, and where."""
+    add = parser.add_argument
     what = "tables or folders, each with an optional :WEIGHT (default: the recordings in sounds/)"
-    parser.add_argument("--data", nargs="+", action="extend", help=what)
+    add("--data", nargs="+", action="extend", help=what)
     add_column_flags(parser)
-    parser.add_argument("--seed", type=whole_number, help="of all that is random (default: 0)")
+    add("--seed", type=whole_number, help="of all that is random (default: 0)")
+    add("--steps", type=positive, help="training steps (default: by size)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--threads", type=positive, help="of a CPU (default: all, or one where that is faster)")
+    add("--resume", action="store_true", help="go on with the run in --out, with --steps for longer")
+    add("--eval_only", action="store_true", help="measure the model in --out and stop")
 
 
 def add_column_flags(parser: argparse.ArgumentParser) -> None:
@@ -2208,9 +2213,6 @@ def add_column_flags(parser: argparse.ArgumentParser) -> None:
     add("--files", metavar="COLUMN", help="column that names the sound files (default: found by content)")
     add("--words", metavar="COLUMN[,COLUMN]", help="columns of captions (default: found by name and content)")
     add("--split_column", metavar="COLUMN", help="column that says train, val or test (default: found)")
-
-
-COLUMN_FLAGS = ("files", "words", "split_column")
 
 
 def recall_flags(args, saved: dict) -> dict:
@@ -2266,9 +2268,9 @@ DISK_ERRORS = [getattr(errno, name, -1) for name in ("ENOSPC", "EDQUOT", "EFBIG"
 
 @contextlib.contextmanager
 def one_line_errors(*kinds: type[Exception]):
-    """Around main(): what the user can mend ends in one line and exit code 2; a bug keeps its traceback.
+    """Around main(): errors that the user can fix end in one line and exit code 2, bugs in a traceback.
 
-    The user's are UserError, the `kinds` given, a lack of memory, and errors of files that have a name."""
+    The former are UserError, the `kinds` given, lack of memory, and OSErrors that name a file."""
     for name in ("stdout", "stderr"):
         # There is none under pythonw, and after >&-.
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115 (until the program ends)
@@ -2338,7 +2340,8 @@ def choose_threads(asked: int | None, device: torch.device, work: Callable, say:
     them wait for that core: two threads then took thirteen times as long as one."""
     every = torch.get_num_threads()
     if asked or every == 1 or device.type != "cpu":
-        return torch.set_num_threads(min(asked or every, max(every, os.cpu_count() or 1)))
+        torch.set_num_threads(min(asked or every, max(every, os.cpu_count() or 1)))
+        return
     work()  # the first call sets things up
     seconds = {every: 0.0, 1: 0.0}
     for n in (every, 1, every, 1):
@@ -2361,7 +2364,8 @@ def can_compile(device: torch.device) -> bool:
 
 def autocast(device: torch.device) -> torch.autocast:
     """Around a model's forward pass: the fast number format for what tolerates it."""
-    return torch.autocast(device.type, fast_dtype(device), enabled=fast_dtype(device) != torch.float32)
+    dtype = fast_dtype(device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 class Muon(torch.optim.Optimizer):
@@ -2509,10 +2513,18 @@ def first_then_all(make: Callable):
     return result or make()
 
 
-def tell(text: str) -> None:
-    """Print a line above the progress bar; that nobody reads any more does not end a training."""
-    with contextlib.suppress(OSError):
-        tqdm.write(text)
+class Say:
+    """print() to one stream, above a progress bar. If whoever reads it has gone away, the rest is dropped."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __call__(self, text: str):
+        try:
+            tqdm.write(text, file=self.stream)
+            self.stream.flush()
+        except OSError:
+            self.stream = open(os.devnull, "w")  # noqa: SIM115 (until the program ends)
 
 
 class Stopper:
@@ -2648,9 +2660,8 @@ class Run:
 
     def __init__(self, args, kind: str, load: Callable):
         names = (f"{kind}.pt", f"{kind}_train.pt", f"{kind}.csv", f"{kind}_wavs")
-        self.path, self.resume_path, self.log_path, self.wavs = (
-            os.path.join(args.out, name) for name in names
-        )
+        paths = [os.path.join(args.out, name) for name in names]
+        self.path, self.resume_path, self.log_path, self.wavs = paths
         check_run(args, self.path, self.resume_path)
         # Measuring, too, takes the data and the seed of the run: the same clips are held out.
         has_run = args.resume or (args.eval_only and os.path.exists(self.resume_path))
@@ -2658,7 +2669,7 @@ class Run:
         self.flags = recall_flags(args, self.saved)
         self.device, self.rank, self.world_size = start_processes(args.device)
         self.is_main = self.rank == 0
-        self.say = tell if self.is_main else lambda *_: None
+        self.say = Say(sys.stdout) if self.is_main else lambda *_: None
         self.lock = lock_folder(args.out) if self.is_main else None  # held until the process ends
 
 
@@ -2667,7 +2678,7 @@ class Run:
 
 
 def save_entries(entries: list[Entry], path: str):
-    """A plain table that `read_entries` reads back: what no one can guess is mended there."""
+    """Write a plain table that `read_entries` reads back: wrong guesses can be corrected in it."""
     folder = os.path.join(os.path.dirname(os.path.abspath(path)), "")
     most = max(len(entry.captions) for entry in entries)
     text = io.StringIO()
@@ -2688,7 +2699,7 @@ def show_entries(entries: list[Entry]):
     unsaid = "of no split" if splits["val"] else "of no split: a tenth will validate"
     told = ", ".join(f"{n} {split or unsaid}" for split, n in sorted(splits.items()))
     print(f"{len(entries)} clips ({told}), {captions.total()} captions, {len(captions)} of them distinct")
-    sample, seconds, broken = entries[:: -(-len(entries) // 2000)], 0.0, []
+    sample, seconds, broken = entries[:: math.ceil(len(entries) / 2000)], 0.0, []
     for entry in sample:
         try:
             if not os.path.isfile(entry.path):  # a pipe would keep us waiting
@@ -2706,7 +2717,7 @@ def show_entries(entries: list[Entry]):
     for caption in sorted(captions, key=len, reverse=True)[:3]:
         print(f"  {len(caption.split()):6} words: {textwrap.shorten(caption, 90, placeholder=' ...')}")
     print("for example:")
-    for entry in entries[:: -(-len(entries) // 5)]:
+    for entry in entries[:: math.ceil(len(entries) / 5)]:
         print(printable(f"  {entry.path}: {' | '.join(entry.captions)}"))
 
 
@@ -2715,7 +2726,7 @@ def main():
     parser = Parser(description="Shows what training would read from a table or a folder.")
     parser.add_argument("source", help="CSV, TSV, JSON (lines), or a folder with a table, texts, or classes")
     add_column_flags(parser)
-    parser.add_argument("--save", metavar="CSV", help="write it down as a plain table, to be mended by hand")
+    parser.add_argument("--save", metavar="CSV", help="write it as a plain table, to correct it by hand")
     args = parser.parse_args()
     if args.save and os.path.exists(args.save):
         raise UserError(f"--save {args.save}: exists already; name another file, or delete it")

@@ -35,7 +35,7 @@ SIZES = {  # decoder layers, heads, width, text encoder layers; parameters at K 
 
 
 class LMError(ValueError):
-    """An error that the user can mend: a wrong setting, a text too long, a file that is not a checkpoint."""
+    """An error that the user can fix: a wrong setting, a text too long, a file that is not a checkpoint."""
 
 
 @dataclass
@@ -88,10 +88,10 @@ def attention(q, k, v, mask=None, is_causal=False):
 
         softmax(q k^T / sqrt(d / H)) v
 
-    It sees all keys, or with `is_causal` those up to its own position, or those where `mask` is True (where
-    nothing is learnt, also a mask of numbers, which are added to the scores)."""
+    It sees all keys, or with `is_causal` those up to its own position, or those where `mask` is True. Without
+    gradients `mask` may also hold numbers, which are added to the scores."""
     if q.requires_grad and q.is_cpu and q.dtype == torch.bfloat16:
-        # Written out, for this gradient PyTorch's kernel takes two to four times as long.
+        # Written out: here the backward pass of PyTorch's kernel takes two to four times as long.
         scores = q @ k.mT / math.sqrt(q.shape[3])  # (B, H, T, S)
         if is_causal:
             scores = scores + torch.full(scores.shape[2:], -math.inf, dtype=q.dtype).triu(1)
@@ -215,7 +215,7 @@ class TextEncoder(nn.Module):
         text = F.pad(text, (0, self.max_text_len - n))
         x = self.drop(self.wte(text) + self.wpe.weight)  # (B, max_text_len, d)
         is_token = text != 0
-        is_token[:, 0] = True  # of an empty text the padding itself is read
+        is_token[:, 0] = True  # of an empty text one padding token is read: softmax needs a key
         for block in self.blocks:
             x = block(x, is_token[:, None, None])
         return self.ln_f(x)
@@ -232,8 +232,8 @@ def cross_entropy(logits, codes):
 
 
 class AudioLM(nn.Module):
-    """GPT over [text, codes]. `tokenizer` (its bytes), `words` (all that its captions had) and `codec_hash`
-    are what it was trained with."""
+    """GPT over [text, codes]. It keeps what it was trained with: `tokenizer` (a tensor of its bytes), `words`
+    (all words of the training captions) and `codec_hash` (see `Codec.hash`)."""
 
     def __init__(self, cfg: LMConfig):
         super().__init__()
@@ -250,8 +250,8 @@ class AudioLM(nn.Module):
         self.codebook_offset = nn.Buffer(codebook_offset, persistent=False)  # (K,)
         rope = rope_table(cfg.max_text_len + cfg.max_frames, cfg.n_embd // cfg.n_head)
         self.rope = nn.Buffer(rope, persistent=False)  # (2, max_text_len + max_frames, d / H)
-        # GPT-2's: a deviation of .02. What adds to the residual stream has it divided by the root of how many
-        # such additions there are.
+        # As in GPT-2: a standard deviation of .02. For the layers that write to the residual stream (c_proj)
+        # it is divided by the square root of their number.
         for name, p in self.named_parameters():
             if p.dim() >= 2:
                 additions = 2 * cfg.n_text_layer if name.startswith("text_encoder") else 3 * cfg.n_layer
@@ -262,10 +262,10 @@ class AudioLM(nn.Module):
 
     @torch.no_grad()
     def init_from_codebooks(self, codebooks):
-        """Let tables and heads begin as the codec's vectors (K, V, D), projected at random to d dimensions.
+        """Start embeddings and heads from the codec's vectors (K, V, D), randomly projected to d dimensions.
 
-        The mean of a frame's K embeddings is then its quantised latent, but for centring, projection and
-        scale, and codes that sound alike are alike from the first step on."""
+        The mean of a frame's K embeddings is then its quantized latent, up to centring, projection and scale:
+        codes that sound alike have similar embeddings from the first step on."""
         codebooks = codebooks - codebooks.mean(1, keepdim=True)
         D = codebooks.shape[2]
         vectors = codebooks @ torch.randn(D, self.cfg.n_embd, device=codebooks.device) / math.sqrt(D)
@@ -281,7 +281,7 @@ class AudioLM(nn.Module):
     def inputs(self, codes, history_mask=None):
         """The start vector and the given frames (B, K, F): (B, 1 + F, d).
 
-        Frames of clips whose `history_mask` (B,) is 0 are all zeros: they say nothing."""
+        Where `history_mask` (B,) is 0, all frames of the clip become zeros: the model cannot read them."""
         bos, v = self.bos.expand(len(codes), 1, -1), self.embed(codes)
         if history_mask is not None:
             v = v * history_mask[:, None, None]
@@ -328,7 +328,8 @@ class AudioLM(nn.Module):
 
     def prefill(self, u, codes, cross_kv, cache):
         """Read text u (B, N, d) and the frames so far (B, K, F) into the cache, from its start on;
-        logits of the next frame (B, K, V). What an earlier window left beyond is masked until overwritten."""
+        logits of the next frame (B, K, V). Later entries, left by an earlier window, stay masked until they
+        are overwritten."""
         x = torch.cat((u, self.inputs(codes)), 1)
         for block, kv, layer_cache in zip(self.blocks, cross_kv, cache):
             x = block(x, kv, self.rope[:, : x.shape[1]], layer_cache)
@@ -337,9 +338,9 @@ class AudioLM(nn.Module):
     def decode_one_frame(self, codes, input_pos, cross_kv, cache):
         """Read one frame (B, K) at position `input_pos` (1,) of the sequence; logits of the next (B, K, V).
 
-        Nothing in it waits for a transfer, so that a GPU can replay it as a graph."""
+        It reads nothing back from the GPU, so that it can be recorded as a CUDA graph."""
         x, rope = self.embed(codes[:, :, None]), self.rope[:, input_pos]  # (B, 1, d)
-        # A mask of numbers: of a boolean one, attention would make them anew in every layer.
+        # Numbers (0 or -inf), for attention would convert a boolean mask again in every layer.
         is_seen = torch.arange(cache.shape[4], device=x.device)[None] <= input_pos  # (1, S)
         mask = torch.where(is_seen, 0.0, -math.inf).to(cache.dtype)
         for block, kv, layer_cache in zip(self.blocks, cross_kv, cache):
@@ -443,8 +444,8 @@ class AudioLM(nn.Module):
     def text_evidence(self, text, codes, negative=None):
         """log p(codes | text) - log p(codes | no text) of codes (B, K, F) and texts (B, N), in nats: (B,).
 
-        `negative` (B, N) takes the place of no text. What is longer than the model reads is judged window by
-        window."""
+        This is their pointwise mutual information. `negative` (B, N) takes the place of "no text". Codes
+        longer than the model reads are scored window by window."""
         uncond = torch.zeros_like(text) if negative is None else negative
         u, u_uncond = self.text_encoder(text), self.text_encoder(uncond)
         evidence = torch.zeros(len(codes), device=codes.device)
@@ -539,11 +540,11 @@ def classifier_free_guidance(logits, guidance: float):
 def sample_next(logp, noise, temperature: float = 1.0, top_k: int = 0, top_p: float = 0.0):
     """One code for each stream: scores (B, K, V) and uniform noise of the same shape to codes (B, K).
 
-    argmax(log p - log(-log(noise))) is a draw from p (the Gumbel trick): no loop over rows, no wait for the
-    GPU, and the noise can come from a generator of each prompt's own."""
+    argmax(log p - log(-log(noise))) is a sample from p (the Gumbel-max trick). It needs no loop over rows and
+    never waits for the GPU, and each prompt can have its own random generator for the noise."""
     if temperature == 0:
         return logp.argmax(-1)
-    logp = logp / temperature  # a constant more or less in all of them chooses the same code
+    logp = logp / temperature  # no longer normalised, which argmax does not notice
     if top_k:
         kth = logp.topk(min(top_k, logp.shape[-1]))[0][..., -1:]
         logp = logp.masked_fill(logp < kth, -math.inf)

@@ -45,9 +45,7 @@ def get_args():
     add("--prompts", help="text file with a prompt per line")
     add("--seconds", type=float, default=5.0)
     add("--num_samples", type=D.positive, default=1, help="sounds per prompt, each with the next seed")
-    add(
-        "--best_of", type=int, default=1, help="make so many for each sound, keep what its words explain best"
-    )
+    add("--best_of", type=int, default=1, help="make so many per sound, keep what its words explain best")
     add("--seed", type=D.whole_number, default=0)
     add("--guidance", type=float, default=3.0, help="how strongly words weigh: 1 as learnt")
     add("--temperature", type=float, default=1.0, help="below 1 safer, above 1 wilder, 0 likeliest")
@@ -74,9 +72,7 @@ def get_args():
     args.prompt = args.prompt or [""]  # a continuation needs no words
     args.out = args.out or "."
     if args.stream and len(args.prompt) * args.num_samples * args.best_of > 1:
-        raise D.UserError(
-            "--stream plays one sound: give one --prompt and leave out --num_samples and --best_of"
-        )
+        raise D.UserError("--stream plays one sound: give one --prompt, no --num_samples and no --best_of")
     if args.stream == "-" and sys.stdout.isatty():
         raise D.UserError("--stream - writes a WAV to stdout: pipe it into a player, such as | aplay")
     if args.stream and os.path.isfile(args.stream):
@@ -187,19 +183,6 @@ def page(title: str, clips: list[tuple]) -> str:
 # Making sounds
 
 
-class Say:
-    """print() to one stream. If whoever reads it has gone away, the rest is dropped."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __call__(self, text: str):
-        try:
-            print(text, file=self.stream, flush=True)
-        except OSError:
-            self.stream = open(os.devnull, "w")  # noqa: SIM115 (until the program ends)
-
-
 def load_prefix(path: str, codec, lm, device):
     """The recording to continue: its wave (T,), and the codes (1, K, P) of its last whole frames, at most
     `max_frames`, which end where the recording ends. The language model reads the later half of `max_frames`
@@ -247,11 +230,6 @@ def check_words(prompts: list[str], negative: str, tokenizer, lm, say) -> None:
     for prompt in prompts:
         if prompt and not set(D.words_of(prompt)) & set(lm.words):
             say(f"! {prompt!r} has no word that the model knows: expect any sound")
-
-
-def best_of_each(n: int, evidence) -> list[int]:
-    """Of every n sounds in a row, the place of the one with the most evidence (B,)."""
-    return [i * n + int(group.argmax()) for i, group in enumerate(evidence.split(n))]
 
 
 def with_progress(blocks, frames: int):
@@ -323,7 +301,7 @@ def main():
     """Read the flags, load the models, make the sounds in batches, write them and the page."""
     args = get_args()
     device = D.pick_device(args.device)
-    say = Say(sys.stderr if args.stream == "-" else sys.stdout)
+    say = D.Say(sys.stderr if args.stream == "-" else sys.stdout)
     codec, lm, tokenizer = load_models(args, device, say)
     check_words(args.prompt, args.negative, tokenizer, lm, say)
     os.makedirs(args.out, exist_ok=True)
@@ -357,7 +335,8 @@ def main():
                 codes = torch.cat(list(blocks), 2)  # (B, K, F)
                 if args.best_of > 1:
                     evidence = lm.text_evidence(text, torch.cat((before, codes), 2), negative)
-                    best = best_of_each(args.best_of, evidence)
+                    groups = enumerate(evidence.split(args.best_of))  # the candidates of each sound
+                    best = [i * args.best_of + int(group.argmax()) for i, group in groups]
                     batch, codes = [batch[i] for i in best], codes[best]
                 parts = (decode_after(codec, heard, prefix, one[None].split(500, 2)) for one in codes)
                 waves = (torch.cat([piece.cpu() for piece in pieces], 1)[0] for pieces in parts)

@@ -11,8 +11,8 @@
 Writes to --out: codec.pt (what sample.py and train_lm.py load), codec_train.pt (what --resume loads),
 codec.csv (the log) and codec_wavs/ (held-out clips and what the codec makes of them).
 
-Two stages: first encoder, codebooks and decoder learn together, without a discriminator; then the codebooks
-stand still, and encoder and decoder learn on, against one. The size `tiny` skips the second stage.
+Two stages: first encoder, codebooks and decoder are trained together, without a discriminator; then the
+codebooks are frozen, and encoder and decoder go on against one. The size `tiny` skips the second stage.
 
 AudioGen (arXiv 2209.15352) section 3.1; the balancer is EnCodec's (arXiv 2210.13438) section 3.4.
 """
@@ -64,16 +64,11 @@ def get_args():
     """The flags. The default of --size depends on the device; what a size means stands in RECIPES."""
     parser = D.Parser(description="Train the neural codec.")
     add = parser.add_argument
-    D.add_data_flags(parser)
+    D.add_training_flags(parser)
     add("--out", default="out", help="folder for checkpoints, log and prepared data")
     add("--streams", type=int, help="1, 2, 4 or 8 streams of codes (default: 4)")
     add("--size", choices=sorted(RECIPES), help="default: paper with CUDA, tiny without")
-    add("--steps", type=D.positive, help="training steps (default: by size)")
     add("--batch", type=D.positive, help="crops per step, over all processes (default: by size)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--threads", type=D.positive, help="of a CPU (default: all, or one where that is faster)")
-    add("--resume", action="store_true", help="go on from codec_train.pt in --out, with --steps for longer")
-    add("--eval_only", action="store_true", help="measure codec.pt in --out and stop")
     return parser.parse_args()
 
 
@@ -115,15 +110,10 @@ class Training:
 
     def checkpoint(self, step: int) -> dict:
         """What `load` reads."""
-        plain = {"config": asdict(self.config), "steps": self.recipe["steps"], "disc_start": self.disc_start}
-        plain |= {
-            "flags": self.flags,
-            "disc_accuracy": self.disc_accuracy,
-            "usage": self.usage,
-            "rng": torch.get_rng_state(),
-        }
-        states = {name: part.state_dict() for name, part in self.parts.items()}
-        return {"kind": "nanoaudiogen codec training", "step": step} | plain | states
+        plain = {"kind": "nanoaudiogen codec training", "config": asdict(self.config), "flags": self.flags}
+        plain |= {"step": step, "steps": self.recipe["steps"], "disc_start": self.disc_start}
+        plain |= {"disc_accuracy": self.disc_accuracy, "usage": self.usage, "rng": torch.get_rng_state()}
+        return plain | {name: part.state_dict() for name, part in self.parts.items()}
 
     def load(self, saved: dict, path: str) -> int:
         """Go on from the checkpoint of this path; returns the step it had reached."""
@@ -152,9 +142,9 @@ def train_step(t: Training, wave, step: int):
     it turns WEIGHTS into shares of the gradient at the output. The commitment loss is added beside it. In the
     second stage the discriminator takes its own step with l_d.
 
-    The share of l_t falls to 0 over the first stage. Without it a young codec does not find the phase of the
-    wave. Later it only dulls: the samples of a hiss cannot be predicted, the guess nearest to all that they
-    might be is silence, and loud bands come out 4 dB too quiet."""
+    The share of l_t falls to 0 over the first stage. At the start the codec needs it to find the phase of the
+    wave. Later it only makes sounds quieter: the samples of noise cannot be predicted, the guess with the
+    smallest expected error is silence, and loud bands come out 4 dB too quiet."""
     adversarial = step >= t.disc_start
     D.set_lr((t.muon, t.adam), learning_rate(t, step))
     t.codec.quantizer.train(not adversarial)  # in the second stage the codebooks stand still
@@ -163,11 +153,11 @@ def train_step(t: Training, wave, step: int):
     losses = {"wave": (wave_hat - wave).abs().mean(), "mel": t.mel(wave, wave_hat)}
     weights = WEIGHTS | {"wave": WEIGHTS["wave"] * max(0.0, 1 - step / t.disc_start)}
     if adversarial:
-        # Every second clip is enough for it, and saves time. To the balancer the gradient of the others is 0:
-        # over the batch both losses have half of the share in WEIGHTS.
+        # The discriminator judges every second clip only, which saves time. The other clips have no gradient
+        # from its losses: over the batch, these have half of the shares in WEIGHTS.
         losses |= adversarial_losses(t, wave[::2], wave_hat[::2])
-        # A balancer gives a term its share however meaningless it is: the discriminator's opinion counts only
-        # as far as it is better than a guess.
+        # The balancer would give these losses their share even while the discriminator only guesses. So it is
+        # scaled by how much better than guessing it is: 0 at an accuracy of .5, 1 at 1.
         trust = max(0.0, 2 * t.disc_accuracy - 1)
         weights |= {name: trust * WEIGHTS[name] for name in ("adversarial", "feature")}
 
@@ -176,7 +166,7 @@ def train_step(t: Training, wave, step: int):
     # The gradient of this sum at wave_hat is `gradient`: so it goes back into the codec.
     commitment_weight = COMMITMENT_WEIGHT_ADVERSARIAL if adversarial else COMMITMENT_WEIGHT
     ((wave_hat * gradient).sum() + commitment_weight * commitment).backward()
-    # By hand: DistributedDataParallel does not support autograd.grad, by which the balancer works.
+    # By hand: DistributedDataParallel does not support autograd.grad, which the balancer uses.
     D.mean_over_processes([p.grad for p in t.codec.parameters()])
     grad_norm = torch.nn.utils.clip_grad_norm_(t.codec.parameters(), MAX_GRAD_NORM)
     t.usage.lerp_(code_counts(codes, t.config.codebook_size), 0.02)
@@ -347,9 +337,7 @@ def train(t: Training, run: D.Run, data: D.AudioData, held_out: list, start: int
     log_every, eval_every = max(1, steps // 100), max(100, steps // 10)
     log = D.Log(run.log_path, start) if run.is_main else None
     stopper, clock, bad = D.Stopper(), D.Clock(start), 0
-    for step in tqdm(
-        range(start, steps), initial=start, total=steps, disable=not run.is_main, smoothing=0.05
-    ):
+    for step in tqdm(range(start, steps), initial=start, total=steps, disable=not run.is_main, smoothing=0.1):
         # Random crops come straight from the memory map, a function of seed and step alone.
         crops = data.batch(t.recipe["batch"], crop_length, np.random.default_rng((seed, step)))
         wave = torch.stack([crop.wave for crop in crops]).chunk(run.world_size)[run.rank].to(run.device)
@@ -390,7 +378,9 @@ def main():
     if args.eval_only:
         codec = Codec.load(run.path, device)
         D.choose_threads(args.threads, device, lambda: codec.encode(one_second), say)
-        return say(evaluate(codec, held_out, run.wavs)) if run.is_main else None
+        if run.is_main:
+            say(evaluate(codec, held_out, run.wavs))
+        return
 
     torch.manual_seed(args.seed)
     t = Training(config, recipe, device, run.flags)

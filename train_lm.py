@@ -32,44 +32,36 @@ from lm import AudioLM, LMConfig, LMError, cross_entropy, load_checkpoint
 # `base` and `large` follow the paper, but for Muon and fewer steps: for hours of sound, not thousands.
 # `micro` clips of 5 s, or as many seconds of shorter ones, go through the model at once for every 24 GiB of
 # a GPU. `text_len` is the least and the most tokens of text; `text_window` takes as few as the captions need,
-# for each costs as much as a frame. With `shard`, each process keeps the optimizers' state for a part of the
-# weights only.
+# for each costs as much as a frame.
 RECIPES = {
-    "tiny": {"steps": 2600, "batch": 4, "micro": 4, "lr": 4e-3, "dropout": 0.1, "shard": False}
-    | {"vocab_size": 512, "text_len": (32, 128)},
-    "base": {"steps": 5000, "batch": 256, "micro": 16, "lr": 5e-4, "dropout": 0.0, "shard": False}
-    | {"vocab_size": 8000, "text_len": (64, 256)},
-    "large": {"steps": 50000, "batch": 256, "micro": 8, "lr": 5e-4, "dropout": 0.0, "shard": True}
-    | {"vocab_size": 8000, "text_len": (64, 256)},
+    "tiny": dict(steps=2600, batch=4, micro=4, lr=4e-3, dropout=0.1, vocab_size=512, text_len=(32, 128)),
+    "base": dict(steps=5000, batch=256, micro=16, lr=5e-4, dropout=0.0, vocab_size=8000, text_len=(64, 256)),
+    "large": dict(steps=50000, batch=256, micro=8, lr=5e-4, dropout=0.0, vocab_size=8000, text_len=(64, 256)),
 }
+RECIPES["large"]["shard"] = True  # each process keeps the optimizers' state for a part of the weights only
 
 SECONDS = 5  # of the longest training examples; `train_step` also takes halves and quarters of it
 WARMUP = 3000  # steps, and at most a tenth of the run
 COOLDOWN = 0.3  # share of the run at whose end the learning rate falls to zero
 MIN_LEVEL = 0.2  # a crop must reach this share of its clip's peak, or it lacks what the caption speaks of
-CAPTION_DROPOUT = 0.1  # captions left out in training, so that guidance has something to lean away from
-CODE_ERRORS = 0.075  # codes replaced at random where they are read: in sampling it reads its own mistakes
-HISTORY_DROPOUT = 0.1  # clips predicted without their past, from words alone: words are then learnt sooner
+CAPTION_DROPOUT = 0.1  # share of examples without caption: guidance needs a model of sound without words
+CODE_ERRORS = 0.075  # share of input codes replaced at random: in sampling it reads its own mistakes
+HISTORY_DROPOUT = 0.1  # share of examples predicted without their past: words are then learnt sooner
 
 
 def get_args():
     """The flags. The default of --size depends on the device; what a size means stands in RECIPES."""
     parser = D.Parser(description="Train the language model.")
     add = parser.add_argument
-    D.add_data_flags(parser)
+    D.add_training_flags(parser)
     add("--out", default="out", help="folder with codec.pt, for checkpoints, log and prepared data")
     add("--codec", help="codec checkpoint (default: codec.pt in --out)")
     add("--finetune", metavar="FOLDER", help="start from lm.pt and codec.pt there instead of from nothing")
     add("--streams", type=int, help="must be the codec's (default: the codec's)")
     add("--size", choices=sorted(RECIPES), help="default: base with CUDA, tiny without")
-    add("--steps", type=D.positive, help="training steps (default: by size)")
     add("--batch", type=D.positive, help="clips of 5 s per step; shorter ones fill as many seconds")
     add("--micro", type=D.positive, help="of these, how many at once in a process; less if memory runs out")
     add("--mix", type=float, help="share of examples that mix two clips (default: 0.5)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--threads", type=D.positive, help="of a CPU (default: all, or one where that is faster)")
-    add("--resume", action="store_true", help="go on from lm_train.pt in --out, with --steps for longer")
-    add("--eval_only", action="store_true", help="measure lm.pt in --out and stop")
     args = parser.parse_args()
     if not 0 <= (args.mix or 0) <= 1:
         raise D.UserError(f"--mix {args.mix}: expected a share from 0 to 1")
@@ -100,7 +92,7 @@ class Training:
         self.tokenizer = D.Tokenizer(lm.tokenizer)
         self.flags = run.flags  # what it trains on, see `D.recall_flags`
         cuda = run.device.type == "cuda"
-        self.sharded = recipe["shard"] and run.world_size > 1
+        self.sharded = recipe.get("shard", False) and run.world_size > 1
         self.optimizers = make_optimizers(lm, recipe["lr"], cuda, self.sharded)
         if D.can_compile(run.device):  # block by block: what one compiles to serves all the others
             for block in [*lm.text_encoder.blocks, *lm.blocks]:
@@ -116,9 +108,9 @@ class Training:
                 optimizer.consolidate_state_dict(0)
         if self.rank == 0:
             training = {"kind": "nanoaudiogen lm training", "steps": self.recipe["steps"], "step": step}
-            training["flags"] = self.flags
+            training |= {"flags": self.flags, "rng": torch.get_rng_state()}
             training |= {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
-            D.save_atomic(self.lm.checkpoint() | training | {"rng": torch.get_rng_state()}, resume_path)
+            D.save_atomic(self.lm.checkpoint() | training, resume_path)
             D.save_atomic(self.lm.checkpoint(), path)
 
     def load(self, saved: dict) -> int:
@@ -154,10 +146,10 @@ def train_step(t: Training, data, codec, step: int, args):
 
         L_LM = - mean over streams i, frames j of log p(c_j^i | u, c_1 .. c_{j-1}), c the codes  (section 3.2)
 
-    Words say most about how a sound begins, later the sound itself does. So most examples are short: a step
-    takes clips of 5 s, or twice as many of half, or four times as many of a quarter of that."""
+    Words matter most where a sound begins; later frames can be predicted from earlier ones. So most examples
+    are short: a step takes clips of 5 s, or twice as many of 2.5 s, or four times as many of 1.25 s."""
     D.set_lr(t.optimizers.values(), learning_rate(t.recipe["lr"], step, t.recipe["steps"]))
-    # The leading 1 or 2 keeps this generator apart from those below: NumPy pads seeds with zeros, so that
+    # The leading 1 or 2 makes this generator differ from those below: NumPy pads seeds with zeros, so that
     # (seed, step) and (seed, step, 0, 0) would be the same.
     parts = 2 ** int(np.random.default_rng((1, args.seed, step)).integers(3))
     n, samples = t.recipe["micro"] * parts, SECONDS * D.SAMPLE_RATE // parts
@@ -165,8 +157,9 @@ def train_step(t: Training, data, codec, step: int, args):
     for i in range(t.recipe["accumulate"]):
         rng = np.random.default_rng((2, args.seed, step, t.rank, i))
         batch = draw_batch(data, codec, t.tokenizer, t.lm.cfg, n, samples, args.mix, rng)
-        is_last = i == t.recipe["accumulate"] - 1  # only then do the processes add up their gradients
-        with contextlib.nullcontext() if is_last or t.model is t.lm else t.model.no_sync():
+        is_last = i == t.recipe["accumulate"] - 1  # only then do the processes average their gradients
+        alone = t.model is t.lm
+        with contextlib.nullcontext() if is_last or alone else t.model.no_sync():
             with D.autocast(t.device):
                 logits, loss = t.model(*batch)
             (loss / t.recipe["accumulate"]).backward()
@@ -279,9 +272,10 @@ def evaluate(lm, tokenizer, held_out: HeldOut, final: bool = False) -> dict:
     if wrong is None:
         return measures
     measures["caption accuracy"] = caption_accuracy(lm, tokenizer, codes, loss, wrong)
-    for name, (codes, true, wrong) in held_out.mixtures.items() if final else ():
-        loss = caption_losses(lm, tokenizer, codes, true)
-        measures[f"caption accuracy of {name}"] = caption_accuracy(lm, tokenizer, codes, loss, wrong)
+    if final:
+        for name, (codes, true, wrong) in held_out.mixtures.items():
+            loss = caption_losses(lm, tokenizer, codes, true)
+            measures[f"caption accuracy of {name}"] = caption_accuracy(lm, tokenizer, codes, loss, wrong)
     return measures
 
 
@@ -423,9 +417,7 @@ def train(t: Training, run: D.Run, data: D.AudioData, codec, held_out: HeldOut, 
     log_every, save_every, eval_every = max(1, steps // 100), max(50, steps // 20), max(50, steps // 5)
     log = D.Log(run.log_path, start) if run.is_main else None
     stopper, clock, bad = D.Stopper(), D.Clock(start), 0
-    for step in tqdm(
-        range(start, steps), initial=start, total=steps, disable=not run.is_main, smoothing=0.05
-    ):
+    for step in tqdm(range(start, steps), initial=start, total=steps, disable=not run.is_main, smoothing=0.1):
         done = step + 1
         logging = done % log_every == 0
         losses, grad_norm, finite = train_step(t, data, codec, step, args)
