@@ -336,8 +336,9 @@ class Codec(nn.Module):
 
     def latents(self, wave):
         """Wave (B, T) to z (B, F, D), F = ceil(T / hop): the end is padded with silence to a whole frame."""
-        if wave.dim() != 2:
-            raise CodecError(f"expected waves (B, T), got {tuple(wave.shape)}: for one wave, give wave[None]")
+        if wave.dim() != 2 or not wave.is_floating_point():
+            what = f"expected floats (B, T), got {wave.dtype} {tuple(wave.shape)}"
+            raise CodecError(f"{what}: for one wave in [-1, 1], give wave[None]")
         wave = F.pad(wave, (0, -wave.shape[1] % self.cfg.hop))
         return self.encoder(wave[:, :, None])
 

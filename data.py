@@ -189,6 +189,8 @@ def wav_bytes(wave: torch.Tensor) -> bytes:
     """A WAV file of 16 bits that holds wave (T,), `turned_down`."""
     buffer = io.BytesIO()
     samples = turned_down(torch.as_tensor(wave).float())
+    if samples.dim() != 1:
+        raise UserError(f"expected one wave (T,), got {tuple(samples.shape)}: of a batch, give one row")
     soundfile.write(buffer, samples.cpu().numpy(), SAMPLE_RATE, format="WAV", subtype="PCM_16")
     return buffer.getvalue()
 
@@ -1094,7 +1096,8 @@ def rank_words(table: Table, taken: set) -> dict[str, int]:
         if fitting or not is_constant(cells):
             ranks[name] = min(fitting, default=len(PATTERNS))
     rare = [name for name in ranks if "description" in family(name) and is_rare(table.columns[name])]
-    constant = [name for name in ranks if is_constant(table.columns[name])]
+    varied = {family(name) for name in ranks if not is_constant(table.columns[name])}
+    constant = [name for name in ranks if is_constant(table.columns[name]) and family(name) not in varied]
     for remarks in (rare, constant):
         others = {name: rank for name, rank in ranks.items() if name not in remarks}
         if any(rank < len(PATTERNS) for rank in others.values()):
@@ -1710,10 +1713,14 @@ def described_entries(sounds: Sounds, flags: Flags, notes: list) -> list[Entry]:
         several = len(set(classes) - {""}) > 1
         # Beside folders of classes, what is called a name or a title is one of a file.
         told = not (several and all(classes) and {"name", "title"}.issuperset(map(family, words)))
-        if told and not beside.columns.keys().isdisjoint(words):
+        here = told and not beside.columns.keys().isdisjoint(words)
+        if here:
             entries = join_rows(beside, Match("path", sounds, paths), flags, notes)
         else:
             entries = tables_entries(folder, rest, several, flags, notes)
+        if here or (not entries and len(beside.columns) > 1):
+            for name in {flags.files, *flags.words} - {None, "path", "category"}:
+                beside.cells(name)  # UserError: it is not there
         if not entries:
             return class_entries(sounds, paths, others, classes, flags, notes)
         # Words for a few sounds only may be about something else, such as the sounds that are damaged.
@@ -1782,7 +1789,8 @@ def prepare(source: str, folder: str, log: Callable = print, **columns) -> list[
     try:
         entries = read_entries(source, log, **columns, left_out=left_out)
     except UserError as error:
-        raise UserError(f"{error}; python data.py {shell_quote(source)} shows how it is read") from None
+        shows = f"; python data.py {shell_quote(source)} shows how it is read"
+        raise UserError(f"{error}{shows if os.path.exists(source) else ''}") from None
     name = f"{os.path.basename(os.path.abspath(source)).split('.')[0][:40]}-{fingerprint(entries)}"
     final, part = os.path.join(folder, name), os.path.join(folder, name + ".part")
     if not os.path.exists(final):
@@ -1962,6 +1970,7 @@ class AudioData:
     a source, see `drawing_chances`."""
 
     def __init__(self, sources: list[str], folder: str, log: Callable = print, **columns):
+        sources = [sources] if isinstance(sources, (str, os.PathLike)) else sources
         names, weights = zip(*map(split_weight, sources))
         parts = [prepare(name, folder, log, **columns) for name in names]
         choose_splits(parts)
@@ -2074,10 +2083,13 @@ def choose_splits(parts: list[list[Clip]]) -> None:
 
 def split_weight(source: str) -> tuple[str, float | None]:
     """'a.csv:2' to ('a.csv', 2.0); without a weight, or where a file of that whole name exists, None."""
-    match = re.fullmatch(r"(.+):(\d*\.?\d+)", source)
-    if match and float(match[2]) > 0 and not os.path.exists(source):
-        return match[1], float(match[2])
-    return source, None
+    source = os.fspath(source)
+    match = re.fullmatch(r"(.+):(-?\d*\.?\d+)", source)
+    if not match or os.path.exists(source):
+        return source, None
+    if float(match[2]) <= 0:
+        raise UserError(f"{source}: expected a weight above 0 after the colon")
+    return match[1], float(match[2])
 
 
 def mixtures(clips: list[Clip], length: int, held_out: bool, n: int, seed: int = 0) -> list[tuple]:
@@ -2161,6 +2173,7 @@ class Tokenizer:
 
     def batch(self, captions: list[str], max_len: int) -> torch.Tensor:
         """Captions -> (B, max_len) int64 ids, padded with 0; what is longer than that is cut."""
+        captions = [captions] if isinstance(captions, str) else captions
         rows = [self.encode(caption)[:max_len] for caption in captions]
         return torch.tensor([row + [0] * (max_len - len(row)) for row in rows])
 
@@ -2185,11 +2198,15 @@ class Parser(argparse.ArgumentParser):
             if word.startswith("--"):
                 flag, equals, value = word.partition("=")
                 words[i] = "--" + flag[2:].replace("-", "_") + equals + value
-        return super().parse_args(words, namespace)
+        parsed_args = super().parse_args(words, namespace)
+        for name, value in vars(parsed_args).items():
+            if value == "" != self.get_default(name):
+                raise UserError(f"--{name} is empty: is a variable of the shell not set?")
+        return parsed_args
 
     def error(self, message):
-        is_word = "--prompt" in sys.argv and re.match("unrecognized arguments: [^-]", message)
-        quotes = "; put words of one prompt in quotes" if is_word else ""
+        is_word = "sample" in self.prog and re.match("unrecognized arguments: [^-]", message)
+        quotes = '; a prompt is typed as --prompt "a dog barks"' if is_word else ""
         raise UserError(f"{message}{quotes}; type python {self.prog} --help for all flags")
 
 
@@ -2229,6 +2246,9 @@ def recall_flags(args, saved: dict) -> dict:
     typed = {name: value for name, value in vars(args).items() if value is not None}
     flags = {name: value for name, value in (before | typed).items() if name in defaults}
     vars(args).update(defaults | flags)
+    for source in () if "data" in typed else args.data:
+        if not os.path.exists(split_weight(source)[0]):
+            raise UserError(f"{source}: the run in {args.out} trains on this, which is not here; type --data")
     return flags
 
 
@@ -2424,7 +2444,9 @@ def set_lr(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:
 
 
 def file_in(path: str, name: str) -> str:
-    """The path, or where it is a folder the file of this name in it."""
+    """The path, or where it is a folder the file of this name in it. `pretrained` is found from anywhere."""
+    if path.rstrip("/") == "pretrained" and not os.path.exists(path):
+        path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "pretrained")
     return os.path.join(path, name) if os.path.isdir(path) else path
 
 

@@ -542,7 +542,7 @@ def sample_next(logp, noise, temperature: float = 1.0, top_k: int = 0, top_p: fl
 
     argmax(log p - log(-log(noise))) is a sample from p (the Gumbel-max trick). It needs no loop over rows and
     never waits for the GPU, and each prompt can have its own random generator for the noise."""
-    if temperature == 0:
+    if temperature < 1e-6:  # divided by less, scores would be infinite
         return logp.argmax(-1)
     logp = logp / temperature  # no longer normalised, which argmax does not notice
     if top_k:

@@ -19,6 +19,7 @@ import html
 import itertools
 import os
 import re
+import signal
 import struct
 import sys
 import tempfile
@@ -70,7 +71,6 @@ def get_args():
         if not low <= getattr(args, name) <= high:
             raise D.UserError(f"--{name} {getattr(args, name)}: expected a number from {low} to {high}")
     args.prompt = args.prompt or [""]  # a continuation needs no words
-    args.out = args.out or "."
     if args.stream and len(args.prompt) * args.num_samples * args.best_of > 1:
         raise D.UserError("--stream plays one sound: give one --prompt, no --num_samples and no --best_of")
     if args.stream == "-" and sys.stdout.isatty():
@@ -99,9 +99,7 @@ def find_weights(args) -> tuple[str, str]:
     """(lm path, codec path): as named, else the newest lm.pt below out/, else pretrained/."""
     folders = D.walk_links("out") if not args.lm else ()
     made = [os.path.join(folder, "lm.pt") for folder, _, files in folders if "lm.pt" in files]
-    here = os.path.dirname(os.path.abspath(__file__))
-    shipped = os.path.join("" if here == os.getcwd() else here, "pretrained", "lm.pt")
-    lm = D.file_in(args.lm or max(made, key=os.path.getmtime, default=shipped), "lm.pt")
+    lm = D.file_in(args.lm or max(made, key=os.path.getmtime, default="pretrained"), "lm.pt")
     if not os.path.exists(lm):
         raise D.UserError(
             f"{lm}: no such checkpoint: type python train_codec.py && python train_lm.py "
@@ -271,11 +269,12 @@ def write_stream(pieces, target: str):
             file.write(wav_header(2**32))
         try:
             for wave in pieces:
-                waves.append(wave[0].cpu())
-                samples = (waves[-1].clamp(-1, 1) * 32767).round().short().numpy().astype("<i2")
+                wave = wave[0].cpu()
+                samples = (wave.clamp(-1, 1) * 32767).round().short().numpy().astype("<i2")
                 with contextlib.suppress(BrokenPipeError):
                     file.write(samples.tobytes())
                     file.flush()
+                waves.append(wave)
         finally:  # also of a sound that was stopped
             if target != "-" and file.seekable():  # a pipe is left with its promise of the greatest length
                 file.seek(0)
@@ -287,6 +286,22 @@ def next_number(folder: str) -> int:
     """The first number that no sound in the folder has: what was made before is not overwritten."""
     matches = [re.match(r"(\d{3,6})_.*\.wav$", name) for name in os.listdir(folder)]
     return max((int(match[1]) + 1 for match in matches if match), default=0)
+
+
+def save_new(wave, folder: str, prompt: str, seed: int) -> str:
+    """Write wave (T,) under a name of its own, which no other sampler in the folder may take; its path."""
+    while True:
+        name = f"{next_number(folder):03d}_{D.file_name(prompt) or 'continued'}_{seed}.wav"
+        path = os.path.join(folder, name)
+        with contextlib.suppress(FileExistsError):
+            open(path, "x").close()  # an empty file holds the name
+            break
+    try:
+        D.save_wav(wave, path)
+    except BaseException:
+        os.remove(path)
+        raise
+    return path
 
 
 def batch_size(lm, device) -> int:
@@ -320,6 +335,7 @@ def main():
     frames = max(1, round(args.seconds * codec.cfg.frame_rate))
     n = max(1, batch_size(lm, device) // args.best_of) * args.best_of
     batches = [wanted[i : i + n] for i in range(0, len(wanted), n)]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what `finally` says
     clips, began = [], D.now(device)
     try:
         for batch in batches:
@@ -341,9 +357,7 @@ def main():
                 parts = (decode_after(codec, heard, prefix, one[None].split(500, 2)) for one in codes)
                 waves = (torch.cat([piece.cpu() for piece in pieces], 1)[0] for pieces in parts)
             for (prompt, seed), wave in zip(batch, waves):
-                name = f"{next_number(args.out):03d}_{D.file_name(prompt) or 'continued'}_{seed}.wav"
-                path = os.path.join(args.out, name)
-                D.save_wav(wave, path)
+                path = save_new(wave, args.out, prompt, seed)
                 clips.append((prompt, f"seed {seed}, {settings}", wave))
                 say(f"\n{prompt} (seed {seed})\n{in_characters(wave)}\n{path}")
     finally:  # of what is done, even if the rest has failed

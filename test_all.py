@@ -779,6 +779,13 @@ def test_the_command_shows_and_saves_what_is_read_back_identically(tmp_path, mon
     D.main()
     assert re.search("'file'(.|\n)*3 clips(.|\n)*0.0 s", capsys.readouterr().out)
     assert D.read_entries(saved, str) == D.read_entries(table, str)
+    one = tmp_path / "one"  # of which one caption is that of all
+    lay_out(one, ["a.wav", "b.wav", "c.wav"], {f"{name}.txt": f"{name * 3} rain\nwater" for name in "abc"})
+    D.save_entries(D.read_entries(str(one), str), str(tmp_path / "one.csv"))
+    assert D.read_entries(str(tmp_path / "one.csv"), str) == D.read_entries(str(one), str)
+    for flags in ({"files": "x"}, {"words": "x"}):
+        with raises(D.UserError, match="has no column 'x', it has 'path', 'caption'"):
+            D.read_entries(str(one), str, **flags)
     for flags, said in ((["--words", "x"], "category"), (["--save", table], "exists already")):
         monkeypatch.setattr(sys, "argv", ["data.py", table, *flags])
         with raises(D.UserError, match=said):
@@ -2305,6 +2312,23 @@ def test_the_best_of_several_sounds_is_the_one_with_the_most_evidence(make, monk
     np.testing.assert_allclose(best[1], make("--prompt", "rain", "--seed", 6)[0], rtol=0, atol=1e-3)
 
 
+def test_samplers_in_one_folder_take_no_name_twice_and_a_failed_one_gives_it_back(tmp_path, monkeypatch):
+    numbers = iter((0, 0, 1, 2))  # the second sampler looks before the first has written
+    monkeypatch.setattr(sample, "next_number", lambda _: next(numbers))
+    paths = [sample.save_new(torch.zeros(160), str(tmp_path), "rain", 0) for _ in range(2)]
+    assert list(map(os.path.basename, paths)) == ["000_rain_0.wav", "001_rain_0.wav"]
+    with raises(D.UserError, match="expected one wave"):
+        sample.save_new(torch.zeros(2, 160), str(tmp_path), "rain", 0)
+    assert sorted(map(str, tmp_path.iterdir())) == paths
+
+
+def test_the_pair_that_ships_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert os.path.exists(D.file_in("pretrained", "lm.pt"))
+    (tmp_path / "pretrained").mkdir()
+    assert D.file_in("pretrained", "lm.pt") == os.path.join("pretrained", "lm.pt")  # one's own comes first
+
+
 def test_words_that_no_caption_had_are_named_with_those_like_them(make, capsys):
     make("--prompt", "Dogs, rain and xylophones")
     said = capsys.readouterr().out
@@ -2379,6 +2403,7 @@ def test_the_weights_that_ship_stream_a_wav_to_stdout_and_nothing_else(tmp_path)
 REFUSED = """
 train_codec --data nowhere.csv --out new                nowhere.csv
 train_codec --data hollow --out new                     hollow
+train_codec --data hollow:0 --out new                   a weight above 0
 train_codec --data notes.pdf --out new                  notes.pdf
 train_codec --data wordless.csv --out new               wordless.csv
 train_codec --data silence/clips.csv --out new          a.wav
@@ -2402,7 +2427,7 @@ train_lm --out made --codec out/codec.pt                another codec
 train_lm --out busy --codec out/codec.pt                another run is writing there
 train_lm --finetune made --out new --codec out/codec.pt  made
 train_lm --finetune hollow --out new                    folder of a trained pair
-train_lm --finetune '' --out new                        folder of a trained pair
+train_lm --finetune '' --out new                        --finetune is empty
 train_lm --finetune made/codec.pt --out new             a folder that holds lm.pt
 train_lm --finetune made --size test                    --size is that of
 train_lm --out old --resume                             another version
@@ -2411,7 +2436,8 @@ train_lm --out made --size tiny --resume                leave --size out
 sample --prompt ' '                                     empty
 sample --seconds 1                                      --prompt
 sample --prompt rain --wat 3                            --wat
-sample --prompt a dog                                   in quotes
+sample --prompt a dog                                   typed as --prompt
+sample --prompt rain --lm ''                            --lm is empty
 sample --prompt rain --num-samples 0                    --num_samples
 sample --prompt rain --stream latin1.txt                exists already
 sample --prompts latin1.txt                             UTF-8

@@ -65,8 +65,6 @@ def get_args():
     args = parser.parse_args()
     if not 0 <= (args.mix or 0) <= 1:
         raise D.UserError(f"--mix {args.mix}: expected a share from 0 to 1")
-    if args.finetune == "":  # a variable of the shell that is not set
-        raise D.UserError("--finetune '': expected the folder of a trained pair, such as pretrained")
     if args.finetune and args.size:
         raise D.UserError("--size is that of the model in --finetune: leave it out")
     if args.finetune and os.path.isfile(args.finetune):  # pretrained/lm.pt means pretrained
@@ -317,7 +315,7 @@ def load_models(args, device):
         )
     trained = None
     if args.finetune:
-        trained = AudioLM.load(os.path.join(args.finetune, "lm.pt"), device, codec.hash())
+        trained = AudioLM.load(D.file_in(args.finetune, "lm.pt"), device, codec.hash())
     return codec, codec_path, trained
 
 
