@@ -1225,8 +1225,9 @@ def check_numbers(table: Table, match: Match):
                 continue
             for name, ids in columns.items():
                 ids = list(map(str, ids))
-                numbers = all(map(str.isdecimal, ids)) and len(set(ids)) == len(ids)
-                if numbers and not re.fullmatch(MEASURES, family(name)) and ids != list(map(stem, names)):
+                are_ids = all(map(str.isdecimal, ids)) and len(set(ids)) == len(ids)
+                are_ids = are_ids and not re.fullmatch(MEASURES, family(name))
+                if are_ids and ids != list(map(stem, names)):
                     what = f"{match.column!r} holds numbers, but {path} gives other numbers to the sounds"
                     raise UserError(f"{table.path}: {what}; write one table of files and words")
 
@@ -1430,8 +1431,8 @@ NAMED_LINE = re.compile(r"([^\W\d_][\w ]{0,20}?)\s*(?:[:=]\s+|[:=]?\s*(?=\d*\.\d
 
 def text_row(text: str, name: str) -> dict:
     """The cells in a text beside the sound of this name: captions, what events are called, or named lines."""
-    own_name = rf"({re.escape(name)}|{re.escape(stem(name))})\s*[|\t:,]\s*"
-    lines = [re.sub(own_name, "", line, count=1, flags=re.IGNORECASE) for line in text.split("\n") if line]
+    own_name = rf"(?i)^({re.escape(name)}\s*[|\t:,]|{re.escape(stem(name))}\s*[|\t])\s*"
+    lines = [re.sub(own_name, "", line) for line in text.split("\n") if line]
     named = [NAMED_LINE.fullmatch(line) for line in lines]
     if lines and all(MOMENT.match(line) for line in lines):
         events = [MOMENT.sub("", line, count=1) for line in lines]

@@ -719,6 +719,7 @@ TEXTS = {  # beside a.wav, and what is read
     "[00:00.000 --> 00:01.000]  rain falls\n": ["rain falls"],
     "rain falls\n\nhttps://x.org/1\nCC-BY 4.0\n": ["rain falls"],
     "it says: no\nrain falls": ["it says: no", "rain falls"],
+    "a, then rain falls on a, b\n": ["a, then rain falls on a, b"],
 }
 NO_CAPTIONS = ["Dog 0.85\nRain 0.11\n", "onset,offset,event\n0.1,0.2,dog\n", "{\\rtf1 rain falls}"]
 
