@@ -1225,9 +1225,12 @@ def check_numbers(table: Table, match: Match):
                 continue
             for name, ids in columns.items():
                 ids = list(map(str, ids))
-                are_ids = all(map(str.isdecimal, ids)) and len(set(ids)) == len(ids)
-                are_ids = are_ids and not re.fullmatch(MEASURES, family(name))
-                if are_ids and ids != list(map(stem, names)):
+                numbered = all(map(str.isdecimal, ids)) and len(set(ids)) == len(ids)
+                if (
+                    numbered
+                    and ids != list(map(stem, names))
+                    and ({*found} <= {*ids} or name in table.columns)
+                ):
                     what = f"{match.column!r} holds numbers, but {path} gives other numbers to the sounds"
                     raise UserError(f"{table.path}: {what}; write one table of files and words")
 
@@ -1592,8 +1595,24 @@ def tables_entries(folder: str, tables: list[str], classes: bool, flags: Flags, 
         notes.append((NO_TABLE, f"{path} ({error})"))
     words = set(split_words(read).values())
     if all(map(METADATA.search, read)) or ("" not in words and len(words) == len(read)):
-        return list(itertools.chain(*read.values()))
+        return each_once(folder, list(itertools.chain(*read.values())), notes)
     return joined(folder, read, flags)
+
+
+def each_once(folder: str, entries: list[Entry], notes: list) -> list[Entry]:
+    """The entries of train.csv, test.csv and so on; a sound that several of them name trains only."""
+    known: dict[str, Entry] = {}
+    twice = set()
+    for entry in entries:
+        first = known.setdefault(entry.path, entry)
+        if first is not entry:
+            first.captions += [text for text in entry.captions if text not in first.captions]
+            first.split = "train" if "train" in (first.split, entry.split) else first.split
+            twice.add(entry.path)
+    if twice:
+        what = f"{len(twice)} sounds, such as {min(twice)}, are named by several tables"
+        notes.append(("", f"{folder}: {what}: if one of these trains, they train only"))
+    return list(known.values())
 
 
 def joined(folder: str, read: dict[str, list[Entry]], flags: Flags) -> list[Entry]:

@@ -511,6 +511,26 @@ def test_splits_are_columns_or_names_of_tables_or_folders_whose_siblings_are_spl
     assert read(tmp_path / "phrase", ["a.wav"], files, "hearing test.csv")[1] == {"a.wav": ""}
 
 
+def test_a_sound_that_tables_of_several_splits_name_is_read_once(tmp_path):
+    files = {"train.csv": "file,caption\na.wav,rain\nb.wav,wind\n", "test.csv": "file,caption\nb.wav,gusts\n"}
+    captions, splits, log = read(tmp_path, ["a.wav", "b.wav"], files, "")
+    assert captions == {"a.wav": ["rain"], "b.wav": ["gusts", "wind"]}
+    assert splits == {"a.wav": "train", "b.wav": "train"} and "named by several tables" in log
+
+
+@pytest.mark.parametrize("above", ["", "/me/set/"])
+def test_a_missing_sound_is_not_taken_from_the_folder_of_other_rows(above, tmp_path):
+    sounds = ["train/0.wav", "train/1.wav", "test/2.wav"]  # train/2.wav is missing
+    rows = {"train/0.wav": "rain", "train/1.wav": "wind", "train/2.wav": "fire", "test/2.wav": "dogs"}
+    table = "file,caption\n" + "".join(f"{above}{path},sound of {text}\n" for path, text in rows.items())
+    assert read(tmp_path, sounds, table)[0] == {path: [f"sound of {rows[path]}"] for path in sounds}
+
+
+def test_a_missing_sound_is_not_taken_from_the_folder_above(tmp_path):
+    table = "file,caption\n" + "".join(f"bed/{i}.wav,sound of thing {i}\n" for i in (1, 2, 3))
+    assert sorted(read(tmp_path, ["bed/1.wav", "bed/2.wav", "3.wav"], table)[0]) == ["bed/1.wav", "bed/2.wav"]
+
+
 def test_headers_that_are_rows_lost_zeros_remarks_and_marks_are_told_from_what_is_meant(tmp_path):
     folders = itertools.count()
 
@@ -736,6 +756,9 @@ def test_numbers_are_no_names_where_a_table_gives_others_and_dogs_are_not_taken_
     tables = {"sounds.csv": "id,file\n1,2.wav\n2,1.wav\n", "words.csv": "sound,caption\n1,rain\n2,wind\n"}
     assert "sounds.csv gives other numbers" in refusal(tmp_path, ["1.wav", "2.wav"], tables, "words.csv")
     assert "which column holds captions" in refusal(tmp_path, [], {}, "")
+    tables = {"t.csv": "id,caption\n1,rain\n2,wind\n", "meta.csv": "file,freesound_id\n1.wav,71\n2.wav,55\n"}
+    found = read(tmp_path / "other", ["1.wav", "2.wav"], tables)[0]
+    assert found == {"1.wav": ["rain"], "2.wav": ["wind"]}
     sounds, table = ["dogs/0.wav", "dogs/1.wav"], "file,caption\ncats/0.wav,a cat\ncats/1.wav,a tomcat\n"
     assert "'cats', which is not here" in refusal(tmp_path / "cats", sounds, table)
     assert len(read(tmp_path / "cats", sounds, table, files="file")[0]) == 2
