@@ -181,7 +181,7 @@ def load_audio(path: str) -> torch.Tensor:
 
 
 def turned_down(wave: torch.Tensor) -> torch.Tensor:
-    """Wave (T,), scaled so that no sample exceeds 1 (full scale) if one does: not clipped."""
+    """Wave (T,); one that exceeds full scale (1) is scaled down as a whole, not clipped."""
     return wave / wave.abs().max().clamp(min=1)
 
 
@@ -248,7 +248,7 @@ ANSWERED = "responses?|(.*_)?outputs?|answers?|generated_texts?|completions?"
 BAD = "(is_)?((exclude|reject|skip|ignore|discard|delete|remove|corrupt)(e?d)?|bad|broken|invalid|unusable)"
 GOOD = "(is_)?((keep|use|include|accept|approve)(e?d)?|valid|usable|good|ok)"
 VERDICT = "(.*_)?(status|answer|review|verdict|decision|qc)"
-REJECTED = r"(bad|invalid|unusable|(reject|exclude|discard|ignore|delete)(e?d)?)\b.*"
+REJECTED = r"bad( ?[-:(].*)?|(invalid|unusable|(reject|exclude|discard|ignore|delete)(e?d)?)\b.*"
 # Columns of splits, and of the numbers of folds and classes, which name no sounds: fold 1 is not 1.wav.
 SPLITS = "(data_?|dataset_)?(split|subset|set|partition)s?|(cv_?|k_?)?folds?(_?(id|index|number|nr|no))?"
 USED_FOR = "(is|in|(used_)?for)_"
@@ -2508,7 +2508,7 @@ def write_atomic(content: bytes | memoryview, path: str, part: str = "") -> None
         with contextlib.suppress(OSError):
             os.remove(part)
         why = error.strerror or "is the disk full?"
-        raise UserError(f"{path}: cannot save ({why}); free some space or choose another --out") from None
+        raise UserError(f"{path}: cannot save ({why}); free some space or choose another folder") from None
 
 
 def start_processes(device_name: str) -> tuple[torch.device, int, int]:
