@@ -375,6 +375,7 @@ OF_DATES += "|sat(urday)?|sun(day)?|[ap]m|gmt|utc"
 # 'Car-Horn-02' has eleven characters, as the ids of YouTube's films have, but is none.
 NAMELIKE = r"([A-Z]?[a-z]+|\d+)([-_]([A-Z]?[a-z]+|\d+))*\Z"
 MISSING = r"nan|none|null|n/a|(?-i:NA)"  # what programs write into empty cells
+UNKNOWN = f"{MISSING}|unknown|unlabell?ed"  # folders that are called so hold sounds of no class
 NO_WORDS = re.compile(
     rf"true|false|{MISSING}|unknown|untitled|no caption|todo|tbd|\[?inaudible\]?|missing"
     r"|cc[ -](by|0)[\w .-]*"  # licences
@@ -392,10 +393,11 @@ def clean_caption(text: str) -> str:
     """One line of text without HTML, control characters, zero-width characters and halves of emojis."""
     text = unicodedata.normalize("NFC", html.unescape(text))
     text = re.sub(r"</?[A-Za-z][^<>]*>", " ", text)  # <br>, as in Freesound's descriptions
-    for char in set(text):
-        kind = unicodedata.category(char)
-        if kind[0] == "C":
-            text = text.replace(char, " " if kind == "Cc" else "")
+    if not text.isprintable():  # most are
+        for char in set(text):
+            kind = unicodedata.category(char)
+            if kind[0] == "C":
+                text = text.replace(char, " " if kind == "Cc" else "")
     return " ".join(text.split())
 
 
@@ -808,6 +810,8 @@ class Sounds:
         # The last two are how Label Studio renames files, and how Notion writes their names.
         for one in (key, key.casefold(), re.sub("^[0-9a-f]{8}-", "", key), urllib.parse.unquote(key)):
             if found := self.index.get(one):
+                if len(found) == 1:
+                    return found
                 exact = [path for path in found if name_key(os.path.basename(path)) == one]
                 return exact or found
         if key.isdecimal() and key.lstrip("0") in self.numbers:  # spreadsheets turn 007 into 7
@@ -1136,7 +1140,11 @@ def find_splits(table: Table, taken: set) -> str:
         values = {str(cell).strip().lower() for cell in cells if cell}
         # Whatever a column is called, if it holds 'train' and 'test' and nothing else, it is one; also if it
         # holds 'test' alone. ('train' alone may be what sounds.)
-        sides_named = {SPLIT_WORDS.get(re.sub(r"[\W_]", "", value), "") for value in values}
+        sides_named = set()
+        for value in values:  # of captions, the first shows that they are no splits
+            sides_named.add(SPLIT_WORDS.get(re.sub(r"[\W_]", "", value), ""))
+            if "" in sides_named:
+                break
         plain = "" not in sides_named and sides_named - {"train", "dev"}
         named = family(name) in SPLIT_WORDS or re.fullmatch(SPLITS, family(name))
         named = named and any(column_splits(name, cells))
@@ -1181,10 +1189,12 @@ def rejected_rows(table: Table, taken: set) -> set[int]:
     """The rows that some column marks as useless; none, if that were all."""
     rejected, rows = set(), len(next(iter(table.columns.values())))
     for name in table.columns.keys() - taken:
+        if not re.fullmatch(f"{VERDICT}|{BAD}|{GOOD}", family(name)):
+            continue
         texts, marks = [str(cell).strip().lower() for cell in table.columns[name]], set()
         if re.fullmatch(VERDICT, family(name)):
             marks = {text for text in texts if re.fullmatch(REJECTED, text)}
-        elif {*texts} <= {*YES, *NO, "", "none", "nan"} and re.fullmatch(f"{BAD}|{GOOD}", family(name)):
+        elif {*texts} <= {*YES, *NO, "", "none", "nan"}:
             marks = YES if re.fullmatch(BAD, family(name)) else NO
         rejected |= {i for i, text in enumerate(texts) if text in marks}
     return rejected if len(rejected) < rows else set()
@@ -1210,29 +1220,32 @@ def check_moments(table: Table, match: Match):
 
 def check_numbers(table: Table, match: Match):
     """Refuse numbers for names where a table beside this one gives other numbers to the sounds: ids."""
-    found = [str(cell) for path, cell in zip(match.paths, table.columns[match.column]) if path]
+    found = {str(cell) for path, cell in zip(match.paths, table.columns[match.column]) if path}
     if match.exact or not all(map(str.isdecimal, found)):
         return
     for path in glob.glob(os.path.join(glob.escape(os.path.dirname(table.path)), "*")):
-        if kind_of(path) not in TABLES or path == table.path:
+        if kind_of(path) in TABLES and path != table.path and gives_numbers(path, found, table, match.sounds):
+            what = f"{match.column!r} holds numbers, but {path} gives other numbers to the sounds"
+            raise UserError(f"{table.path}: {what}; write one table of files and words")
+
+
+def gives_numbers(path: str, found: set[str], table: Table, sounds: Sounds) -> bool:
+    """Does the table at `path` name sounds in one column, and in another give them numbers that are no names:
+    those `found` in `table`, or those of a column that both have?"""
+    columns: dict[str, list] = {}
+    with contextlib.suppress(UserError):
+        columns = read_table(path, []).columns
+    for cells in columns.values():
+        names = [split_path(cell)[1] for cell in cells]
+        if not all(stem(name) != name and name_key(name) in sounds.index for name in names):
             continue
-        columns: dict[str, list] = {}
-        with contextlib.suppress(UserError):
-            columns = read_table(path, []).columns
-        for cells in columns.values():
-            names = [split_path(cell)[1] for cell in cells]
-            if not all(stem(name) != name and name_key(name) in match.sounds.index for name in names):
-                continue
-            for name, ids in columns.items():
-                ids = list(map(str, ids))
-                numbered = all(map(str.isdecimal, ids)) and len(set(ids)) == len(ids)
-                if (
-                    numbered
-                    and ids != list(map(stem, names))
-                    and ({*found} <= {*ids} or name in table.columns)
-                ):
-                    what = f"{match.column!r} holds numbers, but {path} gives other numbers to the sounds"
-                    raise UserError(f"{table.path}: {what}; write one table of files and words")
+        stems = list(map(stem, names))
+        for column, ids in columns.items():
+            ids = list(map(str, ids))
+            numbered = all(map(str.isdecimal, ids)) and len(set(ids)) == len(ids)
+            if numbered and ids != stems and (found <= {*ids} or column in table.columns):
+                return True
+    return False
 
 
 def check_folders(table: Table, match: Match):
@@ -1243,14 +1256,18 @@ def check_folders(table: Table, match: Match):
         words = pseudo_sentence(folder).split()
         return bool(words) and not split_word(folder) and STRUCTURE.isdisjoint(words)
 
-    cells = map(split_path, table.columns[match.column])
-    pairs = [(cell[0], os.path.dirname(path)) for path, cell in zip(match.paths, cells) if path]
-    pairs = [(os.path.basename(wanted), os.path.basename(there)) for wanted, there in pairs]
     kinds = {re.sub(r"\d", "", stem(os.path.basename(path))) for path in match.paths if path}
-    numbered = len(kinds) == 1 < match.distinct
-    differ = all(name_key(a).casefold() != name_key(b).casefold() for a, b in pairs)
-    if numbered and differ and all(speaks(a) and speaks(b) for a, b in pairs):
-        what = f"its sounds are in {pairs[0][0]!r}, which is not here, as if {pairs[0][1]!r} were it"
+    if len(kinds) > 1 or match.distinct == 1:
+        return
+    folders = {
+        (os.path.basename(split_path(cell)[0]), os.path.basename(os.path.dirname(path)))
+        for cell, path in zip(table.columns[match.column], match.paths)
+        if path
+    }
+    differ = all(name_key(a).casefold() != name_key(b).casefold() for a, b in folders)
+    if differ and all(speaks(a) and speaks(b) for a, b in folders):
+        wanted, there = min(folders)
+        what = f"its sounds are in {wanted!r}, which is not here, as if {there!r} were it"
         raise UserError(f"{table.path}: {what}; rename the folder, or say so by --files {match.column}")
 
 
@@ -1460,7 +1477,7 @@ def beside_table(sounds: Sounds, paths: list[str], notes: list) -> Table:
     in a folder of texts beside that of sounds."""
     rows, texts = [], {}
     for path in sounds.others:
-        keys = places_of_texts(path)
+        keys = places_of_texts(path) if kind_of(path) in BESIDE else []
         elsewhere = kind_of(path) == ".txt" and not sounds.sizes[os.path.dirname(path)]
         texts |= dict.fromkeys(keys if elsewhere else keys[:1], os.path.join(sounds.root, path))
 
@@ -1513,13 +1530,14 @@ def class_names(paths: list[str]) -> list[str]:
         is_class = is_words(re.sub("[_.]", " ", os.path.basename(folder))) and spoken
         return " ".join(words) if is_class and folder not in no_classes else ""
 
-    names = {folder: named(folder) for path in paths for folder in folders_of(path)}
+    names = {folder: named(folder) for folder in {folder for path in paths for folder in folders_of(path)}}
+    unknown = {folder for folder in names if re.fullmatch(UNKNOWN, os.path.basename(folder))}
 
     def names_above(path: str) -> list[str]:
         """The classes that a sound lies in, the deepest first; below 'unknown' there are none."""
         found = []
         for folder in reversed(folders_of(path)):
-            if re.fullmatch(rf"{MISSING}|unknown|unlabell?ed", os.path.basename(folder)):
+            if folder in unknown:
                 break
             found.append(names[folder])
         return list(filter(None, found))
@@ -1744,8 +1762,8 @@ def described_entries(sounds: Sounds, flags: Flags, notes: list) -> list[Entry]:
         if not entries:
             return class_entries(sounds, paths, others, classes, flags, notes)
         # Words for a few sounds only may be about something else, such as the sounds that are damaged.
-        known = {entry.path for entry in entries}
-        silent = [name for path, name in zip(paths, classes) if os.path.join(folder, path) not in known]
+        have_words = {entry.path for entry in entries}
+        silent = [name for path, name in zip(paths, classes) if os.path.join(folder, path) not in have_words]
         if 2 * len(entries) < len(paths) and all(silent) and several:
             what = f"there are words for {len(entries)} of {len(paths)} sounds"
             advice = "give their table or folder as the source, or move them elsewhere"
